@@ -1,0 +1,1 @@
+"""Observers: checkpoints, averaged weights, throughput, records. None of them changes what is learnt."""

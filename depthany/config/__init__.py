@@ -1,0 +1,1 @@
+"""Compose, check and launch: everything between the command line and the rooms."""

@@ -1,0 +1,191 @@
+"""From the command line to a checked config: composition, help, errors in words, run folder names."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from depthany.config.check import ConfigError, check, plain, suggest
+from depthany.config.schema import arguments_of
+
+# Choices that do not change what is learnt do not name a run.
+UNNAMED = ("paths.", "hydra", "resume", "logger", "trainer.devices", "trainer.accelerator", "trainer.strategy")
+UNNAMED += ("data.num_workers", "data.progress", "callbacks.throughput", "trainer=", "trainer.max_time")
+
+
+def config_dir() -> Path:
+    """The folder of option groups: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def run_name(overrides: list[str], seed: int) -> str:
+    """A folder name made of the choices on the command line and the seed, the same for the same choices.
+
+    >>> run_name(["stage=student", "paths.runs=x", "loss.gradient.weight=0"], 3)
+    'student-loss.gradient.weight=0-seed3'
+    """
+    stage, parts = "run", []
+    for text in sorted(map(str, overrides)):
+        key, _, value = text.lstrip("+~").partition("=")
+        if key == "stage":
+            stage = value
+        elif key != "seed" and not text.lstrip("+~").startswith(UNNAMED):
+            parts.append(value if key in ("experiment", "debug") else f"{key}={value}")
+    name = re.sub(r"[^A-Za-z0-9._=+,-]+", "_", "-".join([stage, *parts]))
+    if len(name) > 120:
+        name = name[:111] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name}-seed{seed}"
+
+
+OmegaConf.register_new_resolver("run_name", lambda overrides, seed: run_name(list(overrides), seed), replace=True)
+
+
+def compose(verb: str, overrides: list[str]) -> DictConfig:
+    """The composed config of a verb.
+
+    Raises:
+        ConfigError: an unknown group, choice or option, in words.
+    """
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            return hydra.compose(verb, overrides)
+        except HydraException as error:
+            raise ConfigError(_in_words(verb, overrides, error)) from error
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path
+
+
+def _in_words(verb: str, overrides: list[str], error: HydraException) -> str:
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        groups = [o for o in overrides if "." not in o.partition("=")[0] and "/" not in o.partition("=")[0]]
+        known = groups_of()
+        cfg = hydra.compose(verb, [o for o in groups if o.partition("=")[0] in known])
+        words = [*known, *_leaves(OmegaConf.to_container(cfg, resolve=False))]
+        return f"there is no option {match[1]}{suggest(match[1], words)} (every option: --help)"
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        there = groups_of().get(match[1], [])
+        return f"{match[1]}={match[2]} is not a choice{suggest(match[2], there)}"
+    return "\n".join(line for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
+
+
+def groups_of() -> dict[str, list[str]]:
+    """Every option group with its choices, as they lie in the config folder."""
+    root = config_dir()
+    groups: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        group = file.parent.relative_to(root).as_posix()
+        if group != "." and not group.startswith("hydra"):
+            groups.setdefault(group, []).append(file.stem)
+    return groups
+
+
+def _every_combination(arguments: list[str]) -> Iterator[list[str]]:
+    """The overrides of each job of a sweep; one combination without one."""
+    parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else
+        [o.input_line or ""]
+        for o in parsed
+    ]
+    yield from map(list, product(*choices))
+
+
+def help_text(verb: str, about: str, overrides: list[str]) -> str:
+    """Groups, options, their values and what they mean, for the choices given."""
+    if verb == "train" and not any(o.startswith("stage=") for o in overrides):
+        overrides = [*overrides, "stage=teacher"]
+    cfg = plain(compose(verb, overrides))
+    lines = [about.strip(), "", "Choices (group=option):"]
+    lines += [f"  {group:<12} {', '.join(options)}" for group, options in groups_of().items() if group in cfg
+              or group in ("experiment", "debug", "stage", "logger")]
+    lines += ["", f"Options (as composed for: {' '.join(overrides) or 'no overrides'}):"]
+    for path, value, doc in _options(cfg, ""):
+        line = f"  {path}={_shown(value)}"
+        lines.append(f"{line:<52} {doc}" if doc else line)
+    lines += ["", "Also: -m a=1,2 runs a sweep; --cfg job --package GROUP prints one group; --info defaults names files."]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+TOP_DOCS = {
+    "seed": "of weights, order and every perturbation",
+    "resume": "auto: go on where the run of this name stopped; never: start again, the old folder is kept beside",
+    "paths.runs": "where run folders go",
+    "paths.shards": "where packed sets and pseudo-labels go",
+    "paths.real": "a folder with index.csv and photos, for data=real_sample",
+    "teacher": "a run folder, a model.safetensors, or last: the last finished teacher under paths.runs",
+    "shards": "a folder of image shards; null: the unlabelled sets of data",
+    "checkpoint": "a run folder, a model.safetensors, a list of them, or last: the newest finished run",
+    "input_size": "short side at the network's input in pixels; null: the size that the model was trained at",
+    "baselines": "add the trivial predictors (constant, image row, mean map) as rows of the table",
+    "device": "auto, cpu, cuda, mps",
+    "limit": "images per set; null: all",
+}
+
+
+def _options(node: Any, path: str, doc: str = "") -> Iterator[tuple[str, Any, str]]:
+    if not isinstance(node, Mapping) or not node:
+        yield path, node, doc or TOP_DOCS.get(path, "")
+        return
+    docs: Mapping[str, Any] = {}
+    if "_target_" in node:
+        docs = arguments_of(str(node["_target_"]))
+    for key, value in node.items():
+        if key != "_target_":
+            inner = docs[key].doc if key in docs else ""
+            yield from _options(value, f"{path}.{key}" if path else str(key), inner)
+
+
+def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
+    """Runs a verb on the command line's arguments: help and bad options first, then Hydra, then `run`.
+
+    Exits with status 2 and one line for each problem when an option cannot be used.
+    """
+    arguments = sys.argv[1:]
+    flags = [a for a in arguments if a.startswith("-")]
+    overrides = [a for a in arguments if not a.startswith("-")]
+    try:
+        if "--help" in flags or "-h" in flags:
+            print(help_text(verb, about, overrides))
+            return
+        if not set(flags) - {"-m", "--multirun"}:
+            for combination in _every_combination(overrides):
+                check(compose(verb, [o for o in combination if not o.startswith("hydra")]))
+    except (ConfigError, HydraException) as error:
+        _complain(error)
+
+    def checked(cfg: DictConfig) -> None:
+        try:
+            check(cfg)
+            run(cfg)
+        except ConfigError as error:
+            _complain(error)
+
+    checked.__module__ = run.__module__
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=verb)(checked)()
+
+
+def _complain(error: Exception) -> NoReturn:
+    print("\n".join(f"depthany: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    sys.exit(2)

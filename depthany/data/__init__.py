@@ -1,0 +1,1 @@
+"""Manifest -> shards -> decode -> augment -> mix -> batch."""

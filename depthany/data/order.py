@@ -1,0 +1,152 @@
+"""The order of an epoch: a pure function of (chunk sizes, seed, epoch), looked up by position.
+
+Ranks and workers are only a way to cut a global batch, so they cannot change what is seen. The only state is how many
+samples were used, and that stands in the checkpoint.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Spot(NamedTuple):
+    """One item of a batch: which part, which position of its order, and its weight in the step's mean."""
+
+    part: str  # "labelled" or "unlabelled"
+    position: int
+    weight: float  # 0 for padding
+    consumed: int  # samples of the epoch that the whole step uses up
+
+
+class EpochOrder:
+    """A seeded permutation of every sample: chunks (shards) are permuted, then samples within windows of chunks.
+
+    Reading stays local (a window's shards at a time), and finding a position costs one search over windows.
+
+    Args:
+        counts: samples in each chunk.
+        seed: of the permutation.
+        window: chunks that are shuffled into each other.
+    """
+
+    def __init__(self, *, counts: Sequence[int], seed: int, window: int) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed, self.window = seed, window
+        self._cache: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chunk order, and the first position of each window."""
+        if (epoch,) in self._cache:
+            return self._cache[epoch,]
+        chunks = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        starts = np.concatenate([[0], np.cumsum(self.counts[chunks])])[:: self.window]
+        return self._keep((epoch,), (chunks, starts))
+
+    def _shuffled(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(chunk, index in chunk) of each sample of a window, in order."""
+        if (epoch, window) in self._cache:
+            return self._cache[epoch, window]
+        chunks, _ = self._plan(epoch)
+        mine = chunks[window * self.window : (window + 1) * self.window]
+        counts = self.counts[mine]
+        chunk = np.repeat(mine, counts)
+        index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        permutation = np.random.default_rng([self.seed, epoch, window]).permutation(len(chunk))
+        return self._keep((epoch, window), (chunk[permutation], index[permutation]))
+
+    def _keep(self, key: tuple[int, ...], value: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        while len(self._cache) >= 8:  # an epoch's plan and the windows near the cursor
+            self._cache.pop(next(iter(self._cache)))
+        self._cache[key] = value
+        return value
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(chunk, index in the chunk) of a position; positions past the end run on into the next epoch's order."""
+        epoch, position = divmod(position, len(self))
+        _, starts = self._plan(epoch)
+        window = bisect_right(starts, position) - 1
+        chunk, index = self._shuffled(epoch, window)
+        offset = position - int(starts[window])
+        return int(chunk[offset]), int(index[offset])
+
+
+def global_batch(
+    *, cursor: int, total: int, size: int, labelled: int, unlabelled: int
+) -> list[tuple[str, int]]:
+    """The (part, position) pairs of the step that starts when `cursor` samples of the epoch are used.
+
+    The epoch counts unlabelled samples where there are any, labelled ones otherwise. A batch keeps the ratio
+    labelled : unlabelled; the last one is cut where the epoch ends, and its labelled part with it.
+
+    Args:
+        cursor: samples of the epoch that are used up.
+        total: samples of the epoch.
+        size: images in a whole batch; rounded down to a multiple of labelled + unlabelled.
+        labelled: parts of labelled images.
+        unlabelled: parts of unlabelled images.
+    """
+    unit = max(size // (labelled + unlabelled), 1)
+    counted, other = ("unlabelled", "labelled") if unlabelled else ("labelled", "unlabelled")
+    per_step = unit * (unlabelled or labelled)
+    number = min(per_step, total - cursor)
+    batch = [(counted, cursor + i) for i in range(number)]
+    if labelled and unlabelled:
+        first = cursor * labelled // unlabelled
+        last = (cursor + number) * labelled // unlabelled
+        batch += [(other, first + i) for i in range(max(last - first, 1))]
+    return batch
+
+
+def share_of(batch: Sequence[tuple[str, int]], *, rank: int, world: int) -> list[Spot]:
+    """One rank's part of a global batch: every part is cut evenly, padded with weight 0 where it does not divide.
+
+    Each part's weights sum to 1 after the ranks' gradients are averaged, so a short or padded batch is a true mean.
+    Every rank gets the same number of items, at least one: no rank can wait for another.
+    """
+    spots: list[Spot] = []
+    consumed = sum(part == batch[0][0] for part, _ in batch)
+    for part in dict.fromkeys(name for name, _ in batch):
+        positions = [position for name, position in batch if name == part]
+        each = -(-len(positions) // world)
+        if part == "unlabelled" and world > 1:
+            each += each % 2  # neighbours 2k and 2k + 1 stay on one rank: they are CutMix partners
+        mine = positions[rank * each : (rank + 1) * each]
+        spots += [Spot(part, position, world / len(positions), consumed) for position in mine]
+        spots += [Spot(part, positions[0], 0.0, consumed)] * (each - len(mine))
+    return spots
+
+
+class CursorBatches:
+    """A batch sampler that starts at the cursor: no loader state, nothing is read again after a resume.
+
+    Args:
+        cursor: called when iteration starts; samples of the epoch that are used up.
+        total: samples of the epoch.
+        size: images in a global batch.
+        labelled: parts of labelled images in it.
+        unlabelled: parts of unlabelled images in it.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self, *, cursor: Callable[[], int], total: int, size: int, labelled: int, unlabelled: int, rank: int, world: int
+    ) -> None:
+        self.cursor, self.total, self.rank, self.world = cursor, total, rank, world
+        self.shape = {"size": size, "labelled": labelled, "unlabelled": unlabelled}
+        self.per_step = max(size // (labelled + unlabelled), 1) * (unlabelled or labelled)
+
+    def __len__(self) -> int:
+        return -(-self.total // self.per_step)
+
+    def __iter__(self) -> Iterator[list[Spot]]:
+        cursor = self.cursor()
+        while cursor < self.total:
+            batch = global_batch(cursor=cursor, total=self.total, **self.shape)
+            yield share_of(batch, rank=self.rank, world=self.world)
+            cursor += min(self.per_step, self.total - cursor)

@@ -1,0 +1,1 @@
+"""Pure tensor maths: masked reductions, alignment, disparity, cameras and resampling."""

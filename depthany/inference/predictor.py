@@ -1,0 +1,84 @@
+"""From one photo to a `DepthMap` with the official pre- and post-processing.
+
+Legend: H W pixels of the photo, h w pixels of the network input.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from depthany.geometry.resize import lower_bound_size, resize_image
+from depthany.inference.depth_map import DepthMap
+from depthany.models.depth_model import DepthModel
+from depthany.types import IMAGENET_MEAN, IMAGENET_STD
+
+
+class Predictor:
+    """A model, frozen, on its device.
+
+    Resizing and normalisation follow Depth-Anything-V2 `depth_anything_v2/dpt.py` (`infer_image`)
+    and `util/transform.py`.
+
+    Args:
+        model: Moved to `device` in float32 and set to evaluation.
+        device: Where the network runs.
+        precision: bf16 runs the network under autocast; the map is float32 either way.
+        max_pixels: Largest network input in pixels. The short side is at least the input size,
+            so a thin strip would grow without bound.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DepthModel,
+        device: torch.device | str,
+        precision: Literal["fp32", "bf16"],
+        max_pixels: int = 4_000_000,
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is fp32 or bf16, not {precision!r}")
+        self.device = torch.device(device)
+        self.model = model.to(self.device, torch.float32).eval()
+        self.precision = precision
+        self.max_pixels = max_pixels
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray, *, input_size: int | None) -> DepthMap:
+        """Predicts a relative disparity of the photo's own size.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, upright.
+            input_size: Lower bound of the network input's short side in pixels, rounded to the
+                patch size; None: the size the model was trained at.
+
+        Raises:
+            ValueError: Not an RGB uint8 image, an input size that is not positive, or a network
+                input above `max_pixels`.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        if input_size is None:
+            input_size = self.model.input_size
+        if input_size < 1:
+            raise ValueError(f"--input-size must be positive, not {input_size}")
+        height, width = image.shape[:2]
+        h, w = lower_bound_size(height, width, size=input_size, multiple=self.model.patch_size)
+        if h * w > self.max_pixels:
+            raise ValueError(
+                f"a {width} x {height} photo becomes a {w} x {h} network input, "
+                f"{h * w} pixels; lower --input-size or raise --max-pixels ({self.max_pixels})"
+            )
+        pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
+        pixels = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+        # (h, w, 3) -> (1, 3, h, w)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
+        bf16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            output = self.model(tensor.to(self.device))
+        output = output.float()[:, None]  # (1, h, w) -> (1, 1, h, w)
+        output = interpolate(output, (height, width), mode="bilinear", align_corners=True)
+        disparity = output[0, 0].cpu().numpy()
+        valid = np.isfinite(disparity)
+        return DepthMap(np.where(valid, disparity, np.float32(0)), valid)

@@ -1,0 +1,1 @@
+"""Benchmark protocols with their alignment rules, and the trivial baselines to beat."""

@@ -1,0 +1,121 @@
+"""The depth network: a ViT encoder and a DPT head, in the official Depth Anything key layout.
+
+Legend: B batch, H W pixels, h w patches, C channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from depthany.models.dpt import DPTHead
+from depthany.models.encoder import Encoder
+from depthany.types import DepthOutput
+
+
+class DepthModel(nn.Module):
+    """Affine-invariant disparity of an image.
+
+    The state dict is the official one (github.com/DepthAnything/Depth-Anything-V2) without its
+    never used `pretrained.mask_token` and `depth_head.scratch.refinenet4.resConfUnit1.*`, and with
+    timm's names in the giant's MLP.
+
+    Args:
+        encoder: a timm ViT.
+        taps: four 0-based blocks, increasing, the last one the encoder's last.
+        pretrained: the encoder's weights, see `Encoder`.
+        pos_embed: the rule for grids other than the stored one, see `Encoder`.
+        encoder_arguments: numbers for timm's constructor, see `Encoder`.
+        features: channels of the fused maps.
+        out_channels: channels of the four reassembled maps.
+        hidden: channels before the last convolution.
+        activation: the last one.
+        input_size: short side in pixels for which the model is meant; a multiple of the patch size.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: str,
+        taps: Sequence[int],
+        pretrained: bool | str,
+        pos_embed: Literal["official", "timm"],
+        encoder_arguments: Mapping[str, Any],
+        features: int,
+        out_channels: Sequence[int],
+        hidden: int,
+        activation: Literal["relu", "softplus"],
+        input_size: int,
+    ):
+        super().__init__()
+        if len(taps) != 4:
+            raise ValueError(f"taps={list(taps)}: the DPT head takes four")
+        self._config = {
+            "encoder": encoder,
+            "taps": list(taps),
+            "pretrained": False,
+            "pos_embed": pos_embed,
+            "encoder_arguments": dict(encoder_arguments),
+            "features": features,
+            "out_channels": list(out_channels),
+            "hidden": hidden,
+            "activation": activation,
+            "input_size": input_size,
+        }
+        self.input_size = input_size
+        self.pretrained = Encoder(
+            name=encoder,
+            taps=taps,
+            pretrained=pretrained,
+            pos_embed=pos_embed,
+            arguments=encoder_arguments,
+        )
+        self.depth_head = DPTHead(
+            in_channels=self.pretrained.channels,
+            features=features,
+            out_channels=out_channels,
+            hidden=hidden,
+            activation=activation,
+        )
+        if input_size <= 0 or input_size % self.patch_size:
+            raise ValueError(
+                f"input_size={input_size} is no multiple of the patch size {self.patch_size}"
+            )
+
+    @property
+    def patch_size(self) -> int:
+        """Both image sides must be multiples of this many pixels."""
+        return self.pretrained.patch_size
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this model, as JSON values, pretrained=False."""
+        return {**self._config, "encoder_arguments": dict(self._config["encoder_arguments"])}
+
+    def outputs(self, image: Tensor) -> DepthOutput:
+        """Disparity (B, H, W) and the encoder's final features (B, C, h, w).
+
+        Args:
+            image: (B, 3, H, W) ImageNet-normalised RGB.
+
+        Raises:
+            ValueError: a side that is no multiple of the patch size.
+        """
+        taps = self.pretrained(image)
+        return DepthOutput(
+            disparity=self.depth_head(taps, tuple(image.shape[-2:])), features=taps[-1]
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Disparity (B, H, W), affine-invariant, >= 0, of a normalised image (B, 3, H, W)."""
+        return self.outputs(image).disparity
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that may start from public weights: the small learning rate."""
+        return self.pretrained.parameters()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that start from scratch: the large learning rate."""
+        return self.depth_head.parameters()

@@ -1,0 +1,50 @@
+"""Which weights are meant: a file, a run folder, or the last finished run."""
+
+from pathlib import Path
+
+import torch
+
+from depthany.callbacks.record import WEIGHTS, finished_runs, read_record
+from depthany.config.check import ConfigError
+from depthany.inference.predictor import Predictor
+from depthany.models.weights import load_weights, weights_hash
+
+
+def find_weights(spec: str, runs: Path, *, stage: str | None, data: str | None = None, debug: str | None = None) -> Path:
+    """The weights file that `spec` names: a file, a run folder, or last.
+
+    Args:
+        spec: a path, or last: the last finished run of the stage, one on the same data before any other.
+        runs: where run folders are.
+        stage: teacher, student, or None for either.
+        data: name of the data set to prefer.
+        debug: debug choice to prefer, so that a smoke run is no one's teacher by chance.
+
+    Raises:
+        ConfigError: there is none; the message says how to get one.
+    """
+    if spec != "last":
+        path = Path(spec)
+        path = path / WEIGHTS if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"{spec} is neither a weights file nor a run folder with a finished {WEIGHTS}")
+        return path
+    found = [run for run in finished_runs(runs, stage=stage) if (run / WEIGHTS).is_file()]
+    if not found:
+        what = stage or "run"
+        raise ConfigError(
+            f"no finished {what} under {runs}: run `python -m depthany.train stage={stage or 'teacher'}` first, set "
+            f"paths.runs to where it is, or name its weights (task.teacher_ckpt=, teacher= or checkpoint=)"
+        )
+    like = {run: (record.get("data") == data) + (record.get("debug") == debug) for run in found if (record := read_record(run))}
+    return max(like, key=lambda run: like[run]) / WEIGHTS  # the first, which is the last finished, among the most alike
+
+
+def open_model(spec: str, runs: Path, *, device: str, stage: str | None) -> tuple[Predictor, str, Path]:
+    """A predictor, its name (stage and hash of the weights) and its file."""
+    path = find_weights(spec, runs, stage=stage)
+    model, metadata = load_weights(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"{metadata.get('stage', 'model')}-{weights_hash(model)[:8]}"
+    return Predictor(model=model, device=device, precision="fp32"), name, path

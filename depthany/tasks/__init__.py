@@ -1,0 +1,1 @@
+"""The only room where model, loss and batch meet."""

@@ -224,10 +224,9 @@ class DepthData(pl.LightningDataModule):
 
     @property
     def used(self) -> list[Source]:
-        """The sources that the mix draws on, then those of validation."""
-        mix = self.mix or Mix(labelled=1, unlabelled=1, epochs=1)
-        train = [*(self.sources.values() if mix.labelled else ()), *(self.unlabelled.values() if mix.unlabelled else ())]
-        return [*train, *self.validation.values()]
+        """Labelled sources (the mean map of the table is theirs), unlabelled ones if the mix has them, validation."""
+        unlabelled = self.unlabelled.values() if self.mix and self.mix.unlabelled else ()
+        return [*self.sources.values(), *unlabelled, *self.validation.values()]
 
     def prepare_data(self) -> None:
         """Packs and checks every source; on one process of a machine."""

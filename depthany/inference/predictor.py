@@ -3,10 +3,12 @@
 Legend: H W pixels of the photo, h w pixels of the network input.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from depthany.geometry.resize import lower_bound_size, resize_image
@@ -44,18 +46,17 @@ class Predictor:
         self.precision = precision
         self.max_pixels = max_pixels
 
-    @torch.inference_mode()
-    def predict(self, image: np.ndarray, *, input_size: int | None) -> DepthMap:
-        """Predicts a relative disparity of the photo's own size.
+    def network_input(self, image: np.ndarray, *, input_size: int | None) -> np.ndarray:
+        """The normalised network input (h, w, 3) float32 of a photo.
 
         Args:
             image: (H, W, 3) uint8 RGB, upright.
-            input_size: Lower bound of the network input's short side in pixels, rounded to the
-                patch size; None: the size the model was trained at.
+            input_size: Lower bound of the short side in pixels, rounded to the patch size; None: the size the model
+                was trained at.
 
         Raises:
-            ValueError: Not an RGB uint8 image, an input size that is not positive, or a network
-                input above `max_pixels`.
+            ValueError: Not an RGB uint8 image, an input size that is not positive, or a network input above
+                `max_pixels`.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
@@ -71,14 +72,21 @@ class Predictor:
                 f"{h * w} pixels; lower --input-size or raise --max-pixels ({self.max_pixels})"
             )
         pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
-        pixels = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-        # (h, w, 3) -> (1, 3, h, w)
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
+        return (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+
+    @torch.inference_mode()
+    def disparity(self, inputs: Sequence[np.ndarray]) -> Tensor:
+        """Runs the network on inputs (h, w, 3) of one shape: disparity (B, h, w) float32 on the device."""
+        # (B, h, w, 3) -> (B, 3, h, w)
+        batch = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2).contiguous().to(self.device)
         bf16 = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            output = self.model(tensor.to(self.device))
-        output = output.float()[:, None]  # (1, h, w) -> (1, 1, h, w)
-        output = interpolate(output, (height, width), mode="bilinear", align_corners=True)
+            return self.model(batch).float()
+
+    def predict(self, image: np.ndarray, *, input_size: int | None) -> DepthMap:
+        """Predicts a relative disparity of the photo's own size; arguments and errors as `network_input`."""
+        output = self.disparity([self.network_input(image, input_size=input_size)])[:, None]  # (1, 1, h, w)
+        output = interpolate(output, image.shape[:2], mode="bilinear", align_corners=True)
         disparity = output[0, 0].cpu().numpy()
         valid = np.isfinite(disparity)
         return DepthMap(np.where(valid, disparity, np.float32(0)), valid)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from depthany.data.files import DecodeError, read_image
+from depthany.data.files import read_image
 from depthany.data.labels import LabelPlan, encode_pseudo
 from depthany.data.shards import IMAGE_SUFFIXES, Shard, ShardError, label_path, write_shard
 from depthany.inference.predictor import Predictor
@@ -53,13 +53,13 @@ def _labels(shard: Shard, predictor: Predictor, plan: LabelPlan, damaged: list[s
             try:
                 suffix = next(s for s in IMAGE_SUFFIXES if s in shard.files[i])
                 yield key, predictor.network_input(read_image(shard.read(i, suffix)), input_size=plan.input_size)
-            except (DecodeError, StopIteration) as error:
+            except (ValueError, StopIteration) as error:
                 damaged.append(f"{key}: {error or 'no image'}")
 
     for _, group in groupby(inputs(), key=lambda pair: pair[1].shape):  # neighbours of one shape share a batch
         rows = list(group)
         for first in range(0, len(rows), plan.batch_size or 1):
             batch = rows[first : first + (plan.batch_size or 1)]
-            maps = predictor.disparity([image for _, image in batch])
+            maps = predictor.disparity([image for _, image in batch]).cpu().numpy()
             for (key, _), disparity in zip(batch, maps, strict=True):
                 yield {"__key__": key, **encode_pseudo(disparity, str(plan.codec))}

@@ -125,8 +125,15 @@ class Stage:
         extra: dict[str, Any] = {}
         if self.name == "student":
             kept = self.teacher if self.labels.mode == "online" or "feature" in loss.terms else None
-            pretrained = bool(cfg.model.pretrained)
-            extra = {"teacher": kept, "precision": self.labels.precision, "pretrained": pretrained}
+            whose = cfg.task.feature_encoder
+            if whose == "auto":
+                whose = "initial" if cfg.model.pretrained else "teacher"
+            extra = {"teacher": kept, "precision": self.labels.precision, "feature_encoder": whose}
+            if "feature" in loss.terms and whose == "initial" and not cfg.model.pretrained:
+                raise ConfigError(
+                    "feature alignment to the student's own encoder teaches nothing while that is random "
+                    "(model.pretrained=false): use task.feature_encoder=teacher or loss.feature.weight=0"
+                )
         self.task = build(cfg.task, model=model, loss=loss, plan=self.plan, **extra)
         self.data.eval_size, self.data.eval_multiple = model.input_size, model.patch_size
         self.data.cursor = lambda: self.task.samples_seen

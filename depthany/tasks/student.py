@@ -30,7 +30,8 @@ class StudentTask(DepthTask):
         teacher: of labels made online, or of feature alignment; None where neither is wanted.
         teacher_ckpt: a run folder, a model.safetensors, or last: the last finished teacher under paths.runs.
         feature_encoder: whose frozen encoder the features are aligned with. initial: the student's own before training
-            (the papers': DINOv2); teacher: the teacher's; auto: initial where the model is pretrained, else teacher.
+            (the papers': DINOv2); teacher: the teacher's; auto, which the run resolves: initial where the model is
+            pretrained, else teacher.
         precision: of the teacher's forward pass.
     """
 
@@ -44,17 +45,14 @@ class StudentTask(DepthTask):
         teacher_ckpt: str,
         feature_encoder: Literal["auto", "initial", "teacher"],
         precision: Literal["fp32", "bf16"],
-        pretrained: bool,
     ) -> None:
         super().__init__(model=model, loss=loss, plan=plan)
         self.precision = precision
         # In plain dicts, not as submodules: absent from the state dict, the optimizer and DDP's buckets.
         self._frozen: dict[str, Frozen] = {"teacher": Frozen(teacher)} if teacher is not None else {}
         if "feature" in loss.terms:
-            whose = ("initial" if pretrained else "teacher") if feature_encoder == "auto" else feature_encoder
-            if whose == "teacher" and teacher is None:
-                raise ValueError("task.feature_encoder=teacher needs a teacher: set task.teacher_ckpt")
-            self._frozen["feature"] = Frozen(deepcopy(model)) if whose == "initial" else self._frozen["teacher"]
+            own = feature_encoder != "teacher"
+            self._frozen["feature"] = Frozen(deepcopy(model)) if own else self._frozen["teacher"]
 
     def on_fit_start(self) -> None:
         """Brings the frozen networks to the device."""

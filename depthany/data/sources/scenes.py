@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from depthany.data.scenes import render
+from depthany.data.scenes import GENERATOR, render
 from depthany.types import DepthKind, DepthSample
 
 
@@ -33,7 +33,7 @@ class Scenes:
 
     def identity(self) -> dict[str, Any]:
         """What the packed set depends on; not the number, so that a longer set goes on where a shorter one ended."""
-        return {"style": self.style, "seed": self.scene_seed, "size": self.size}
+        return {"generator": GENERATOR, "style": self.style, "seed": self.scene_seed, "size": self.size}
 
     def prepare(self) -> None:
         """Nothing to fetch."""

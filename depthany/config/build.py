@@ -31,4 +31,5 @@ def choice(group: str) -> str | None:
 
 def is_sweep() -> bool:
     """Whether this is a job of a multirun."""
-    return HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"
+    mode = HydraConfig.get().mode
+    return mode is not None and mode.name == "MULTIRUN"

@@ -24,6 +24,9 @@ PLAIN = {
     "limit": "int | None",
 }
 GROUPS = ("model", "optim", "data", "mix", "loss", "augment", "task", "labels", "trainer", "callbacks", "logger")
+NAMED = ("loss", "augment", "callbacks", "logger")  # mappings of named parts; the other groups are one part each
+NAMED_IN_DATA = ("data.sources", "data.unlabelled", "data.validation")
+MAY_LACK = ("callbacks", "logger")  # null switches the group or one of its parts off
 # Arguments that the verbs hand in themselves: not in a config file.
 GIVEN = {"model", "loss", "plan", "mix", "augment", "labels", "teacher", "seed", "batch_size", "precision", "run_dir"}
 
@@ -55,9 +58,29 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("say which stage to run: stage=teacher or stage=student")
     known = {*GROUPS, *(key.partition(".")[0] for key in PLAIN)}
     problems = [f"{key} is no option{suggest(str(key), known)}" for key in tree if key not in known]
+    if "task" in tree:
+        needed = [group for group in GROUPS if group not in MAY_LACK and not tree.get(group)]
+        problems += [f"{group} is missing: choose one as {group}=NAME" for group in needed]
+    _check_parts(tree, problems)
     _walk(tree, "", problems)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_parts(tree: Mapping[str, Any], problems: list[str]) -> None:
+    """A name misspelt inside a file makes a part of its own, and that has no `_target_`."""
+    for group in (*GROUPS, *NAMED_IN_DATA):
+        node: Any = tree
+        for key in group.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is None:
+            continue
+        named = group in (*NAMED, *NAMED_IN_DATA) and isinstance(node, Mapping)
+        parts = {f"{group}.{name}": part for name, part in node.items()} if named else {group: node}
+        built = [path for path, part in parts.items() if isinstance(part, Mapping) and "_target_" in part]
+        for path, part in parts.items():
+            if path not in built and not (part is None and group in MAY_LACK):
+                problems.append(f"{path} builds nothing: it has no _target_{suggest(path, built)}")
 
 
 def _walk(node: Any, path: str, problems: list[str]) -> None:

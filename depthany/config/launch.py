@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from depthany.config.check import ConfigError, check, plain, suggest
 from depthany.config.schema import arguments_of
 
 # Choices that do not change what is learnt do not name a run.
-UNNAMED = ("paths.", "hydra", "resume", "logger", "trainer.devices", "trainer.accelerator", "trainer.strategy")
+UNNAMED: tuple[str, ...] = ("paths.", "hydra", "resume", "logger", "trainer.devices", "trainer.accelerator", "trainer.strategy")
 UNNAMED += ("data.num_workers", "data.progress", "callbacks.throughput", "trainer=", "trainer.max_time")
 
 
@@ -48,7 +48,12 @@ def run_name(overrides: list[str], seed: int) -> str:
     return f"{name}-seed{seed}"
 
 
-OmegaConf.register_new_resolver("run_name", lambda overrides, seed: run_name(list(overrides), seed), replace=True)
+def _run_folder(overrides: list[str], seed: int | None) -> str:
+    """The run folder's name under paths.runs; verbs without a seed have none."""
+    return "." if seed is None else run_name(list(overrides), seed)
+
+
+OmegaConf.register_new_resolver("run_name", _run_folder, replace=True)
 
 
 def compose(verb: str, overrides: list[str]) -> DictConfig:
@@ -60,7 +65,7 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
             return hydra.compose(verb, overrides)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:
             raise ConfigError(_in_words(verb, overrides, error)) from error
 
 
@@ -72,8 +77,15 @@ def _leaves(node: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _in_words(verb: str, overrides: list[str], error: HydraException) -> str:
+def _in_words(verb: str, overrides: list[str], error: Exception) -> str:
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: {text.splitlines()[0]}"
+    if empty := [o for o in overrides if o.partition("=")[0] in groups_of() and o.partition("=")[2] in ("null", "")]:
+        group = empty[0].partition("=")[0]
+        return f"{empty[0]} is not a choice{suggest('', groups_of()[group])}"
+    if match := re.search(r"Ambiguous value for argument '([^'=]+)", text):
+        return f"{match[1]} has several values: add -m for a run of each, or write a list as {match[1]}=[a,b]"
     if match := re.search(r"Could not override '([^']+)'", text):
         groups = [o for o in overrides if "." not in o.partition("=")[0] and "/" not in o.partition("=")[0]]
         known = groups_of()
@@ -98,8 +110,15 @@ def groups_of() -> dict[str, list[str]]:
 
 
 def _every_combination(arguments: list[str]) -> Iterator[list[str]]:
-    """The overrides of each job of a sweep; one combination without one."""
-    parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
+    """The overrides of each job of a sweep.
+
+    Raises:
+        ConfigError: an argument that cannot be read.
+    """
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
+    except OverrideParseException as error:
+        raise ConfigError(_in_words("", arguments, error)) from error
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else
         [o.input_line or ""]
@@ -120,7 +139,7 @@ def help_text(verb: str, about: str, overrides: list[str]) -> str:
     for path, value, doc in _options(cfg, ""):
         line = f"  {path}={_shown(value)}"
         lines.append(f"{line:<52} {doc}" if doc else line)
-    lines += ["", "Also: -m a=1,2 runs a sweep; --cfg job --package GROUP prints one group; --info defaults names files."]
+    lines += ["", "Also: -m a=1,2 runs a sweep; --cfg job --package GROUP prints a group; --info defaults names files."]
     return "\n".join(lines)
 
 
@@ -170,7 +189,7 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
             print(help_text(verb, about, overrides))
             return
         if not set(flags) - {"-m", "--multirun"}:
-            for combination in _every_combination(overrides):
+            for combination in _every_combination(overrides) if flags else [overrides]:
                 check(compose(verb, [o for o in combination if not o.startswith("hydra")]))
     except (ConfigError, HydraException) as error:
         _complain(error)

@@ -7,7 +7,7 @@ import ast
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -88,7 +88,8 @@ def arguments_of(target: str) -> Mapping[str, Argument]:
     Raises:
         LookupError: the name is not on the allowlist or does not exist.
     """
-    if not target.startswith(OWN_PREFIX) and target not in FOREIGN_TARGETS:
+    named = all(part.isidentifier() for part in target.split("."))
+    if not named or (not target.startswith(OWN_PREFIX) and target not in FOREIGN_TARGETS):
         allowed = ", ".join([OWN_PREFIX + "*", *FOREIGN_TARGETS])
         raise LookupError(f"_target_ {target} is not allowed; a config may build {allowed}")
     path, attribute = _source_of(target)
@@ -143,6 +144,14 @@ def mismatch(annotation: str, value: Any) -> str | None:
     return f"must be {' or '.join(dict.fromkeys(word for word, _ in wanted))}, not {value!r}"
 
 
+def _each(node: ast.expr) -> tuple[Callable[[Any], bool], str]:
+    """Whether one item of a container fits its annotation, and in words what an item has to be."""
+    annotation = ast.unparse(node)
+    known = [words for words, fits in _alternatives(node) if fits is not None]
+    words = f" (each {' or '.join(known)})" if known else ""
+    return lambda item: mismatch(annotation, item) is None, words
+
+
 def _alternatives(node: ast.expr) -> Iterator[tuple[str, Any]]:
     """(words, test) for each alternative of an annotation; a test of None accepts everything."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
@@ -166,9 +175,11 @@ def _alternatives(node: ast.expr) -> Iterator[tuple[str, Any]]:
             choices = [ast.literal_eval(item) for item in inner]
             yield "one of " + ", ".join(map(str, choices)), lambda value: value in choices
         elif head in ("Sequence", "list", "List", "tuple"):
-            yield "a list", lambda value: isinstance(value, Sequence) and not isinstance(value, str)
+            each, words = _each(inner[0])
+            yield f"a list{words}", lambda value: isinstance(value, list) and all(map(each, value))
         elif head in ("Mapping", "dict", "Dict"):
-            yield "a mapping", lambda value: isinstance(value, Mapping)
+            each, words = _each(inner[-1])
+            yield f"a mapping{words}", lambda value: isinstance(value, Mapping) and all(map(each, value.values()))
         else:
             yield head, None
     else:

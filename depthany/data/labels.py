@@ -65,11 +65,16 @@ def decode_label(members: Callable[[str], bytes], suffixes: Mapping[str, Any]) -
     Args:
         members: reads a member by suffix.
         suffixes: the members that are there.
+
+    Raises:
+        ValueError: damaged, as are a KeyError, TypeError, EOFError or cv2.error.
     """
     note = json.loads(members("json"))
     kind = DepthKind(note["kind"])
     if "disparity.png" in suffixes:
         raw = cv2.imdecode(np.frombuffer(members("disparity.png"), np.uint8), cv2.IMREAD_UNCHANGED)
+        if raw is None:
+            raise ValueError("disparity.png is damaged")
         stored = raw.astype(np.float32) / np.float32(np.iinfo(raw.dtype).max)
     else:
         stored = np.load(BytesIO(members("disparity.npy")), allow_pickle=False).astype(np.float32)

@@ -70,7 +70,10 @@ class Part:
 
 
 class MixedDataset(Dataset[dict[str, Any]]):
-    """Reads the sample of a Spot and makes its training view. A damaged sample counts as used, with weight 0."""
+    """Reads the sample of a Spot and makes its training view. A damaged sample counts as used, with weight 0.
+
+    An unlabelled source may hold labels of its own, as the embedded scenes do: only a teacher's are handed on.
+    """
 
     def __init__(self, parts: Mapping[str, Part], augment: Mapping[str, Augment], *, seed: int, online: bool) -> None:
         self.parts, self.augment, self.seed, self.online = parts, augment, seed, online
@@ -80,18 +83,20 @@ class MixedDataset(Dataset[dict[str, Any]]):
         pseudo = spot.part == "unlabelled"
         augment = self.augment[spot.part]
         item: dict[str, Any] = {"key": source.key(index), "pseudo": pseudo, "weight": spot.weight, "skipped": []}
-        item["consumed"] = spot.consumed
+        item |= {"consumed": spot.consumed, "kind": DepthKind.PSEUDO}
+        blank = np.zeros((augment.size, augment.size, 3), np.uint8)
+        view: dict[str, Any] = {"image": blank, "clean": blank, "cutmix": np.zeros(4, np.int64)}
         try:
-            sample = source.read(index)
-            if "disparity" not in sample and not (pseudo and self.online):
-                raise DecodeError(f"{item['key']}: no label")
-            view = augment(sample, sample_rng(self.seed, spot.part, spot.position))
-            item["kind"] = sample.get("kind", DepthKind.PSEUDO)
+            if spot.weight:  # padding is not read
+                sample = source.read(index)
+                if pseudo and sample.get("kind") != DepthKind.PSEUDO:
+                    sample = ImageSample(image=sample["image"], key=sample["key"])
+                if "disparity" not in sample and not (pseudo and self.online):
+                    raise DecodeError(f"{item['key']}: no label")
+                view = augment(sample, sample_rng(self.seed, spot.part, spot.position))
+                item["kind"] = sample.get("kind", DepthKind.PSEUDO)
         except (DecodeError, OSError) as error:
-            item["skipped"] = [Skip(source.name, item["key"], str(error))] if spot.weight else []
-            blank = np.zeros((augment.size, augment.size, 3), np.uint8)
-            view = {"image": blank, "clean": blank, "cutmix": np.zeros(4, np.int64)}
-            item |= {"weight": 0.0, "kind": DepthKind.PSEUDO}
+            item |= {"weight": 0.0, "skipped": [Skip(source.name, item["key"], str(error))]}
         if "disparity" not in view:
             side = view["image"].shape[:2]
             view |= {"disparity": np.zeros(side, np.float32), "valid": np.zeros(side, bool)}

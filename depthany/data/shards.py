@@ -63,6 +63,9 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, Any]], *, facts: Mapp
                 writer.write(dict(sample))
                 count += 1
         index = index_tar(part) | {"tar": path.name, "facts": dict(facts)}
+        if len(index["samples"]) != count:
+            raise ShardError(f"{path}: two samples share a key, {count} became {len(index['samples'])}")
+        path.with_suffix(".json").unlink(missing_ok=True)  # the old index is not the new tar's
     with whole_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(index), encoding="utf-8")
     return count
@@ -91,6 +94,11 @@ def index_tar(path: Path) -> dict[str, Any]:
                 if not member.isfile() or suffix not in SUFFIXES or not KEY.fullmatch(key):
                     raise ShardError(f"{path.name}: member {member.name!r} is no image, label or json of a sample")
                 samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+            end = tar.offset
+        with open(path, "rb") as file:  # tarfile takes a cut between members, or rubbish there, for the end
+            file.seek(end)
+            if file.read(1024) != bytes(1024):
+                raise ShardError(f"{path}: not a whole tar file (it has no end mark)")
     except tarfile.TarError as error:
         raise ShardError(f"{path}: not a whole tar file ({error})") from error
     with open(path, "rb") as file:

@@ -23,6 +23,10 @@ class OptimPlan:
         clip_norm: largest gradient norm; 0: no clipping.
         batch_size: images of all processes together; rounded down to a multiple of mix.labelled + mix.unlabelled.
         teacher_epochs: passes over the labelled images in stage one.
+        student_epochs: passes over the unlabelled images in stage two.
+
+    Raises:
+        ValueError: a number that cannot be meant, by the name of its option.
     """
 
     encoder_lr: float
@@ -34,6 +38,17 @@ class OptimPlan:
     clip_norm: float
     batch_size: int
     teacher_epochs: int
+    student_epochs: int
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_lr", "head_lr", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: give a finite number, 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optim.warmup is {self.warmup}: give a share of all samples in [0, 1)")
+        for name in ("batch_size", "teacher_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}: give 1 or more")
 
     def optimizer(
         self, encoder: Iterable[nn.Parameter], head: Iterable[nn.Parameter]

@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-CHART_WIDTH, CHART_HEIGHT = 640, 240  # SVG units
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 34  # room for axis labels
+CHART_WIDTH, CHART_HEIGHT = 640, 260  # SVG units
+LEFT, RIGHT, TOP, BOTTOM = 92, 14, 10, 46  # room for axis labels
+SMALL_PX = 200  # a picture up to this side is shown with visible pixels
+LOSSLESS_PX = 64  # up to this side a picture is PNG: blocks of JPEG would show
 MAX_POINTS = 800  # per line; more cannot be seen
 
 STYLE = """
@@ -28,27 +30,34 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 4rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 1px solid var(--rule); }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 p.lead { font-size: 1.15rem; }
-p.note, figcaption { color: var(--soft); font-size: .875rem; }
+p.note, figcaption, footer { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; }
-.strip { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); }
+td:first-child, .number { white-space: nowrap; }
+.number { text-align: right; }
+th[colspan] { text-align: center; color: var(--ink); }
+tr.quiet td { color: var(--soft); background: var(--tint); }
+tr:not(.quiet) + tr.quiet td { border-top: 2px solid var(--soft); }
+.strip { display: grid; gap: .5rem .75rem; margin: 0 0 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(12.5rem, 45%), 1fr)); }
 .charts { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
+figure img { display: block; width: 100%; height: auto; border-radius: 3px; }
+figure img.small { image-rendering: pixelated; }
 figure svg { display: block; width: 100%; height: auto; }
-figcaption { margin-top: .3rem; }
-svg text { fill: var(--soft); font-size: 11px; }
+figcaption { margin-bottom: .2rem; }
+svg text { fill: var(--soft); font-size: 13px; }
+@media (max-width: 40rem) { svg text { font-size: 16px; } }
 svg .grid { stroke: var(--rule); }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 svg .faint { opacity: .3; stroke-width: 1; }
@@ -57,6 +66,8 @@ svg .faint { opacity: .3; stroke-width: 1; }
   margin-right: .4em; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; }
+footer { margin-top: 3rem; padding-top: .75rem; border-top: 1px solid var(--rule); }
+code { overflow-wrap: anywhere; }
 pre { background: var(--tint); padding: 1rem; border-radius: 4px; overflow-x: auto;
   font-size: .85rem; }
 """
@@ -98,6 +109,8 @@ class Page:
         rows: Sequence[Mapping[str, Any]],
         *,
         bold: Collection[tuple[int, str]] = (),
+        quiet: Collection[int] = (),
+        groups: Sequence[tuple[str, int]] = (),
     ) -> None:
         """Adds a table.
 
@@ -105,10 +118,15 @@ class Page:
             columns: Title by key, in order.
             rows: Values by key; a missing one is a dash.
             bold: (row index, key) of the cells to stress.
+            quiet: Indices of the rows to set apart in grey.
+            groups: (title, number of columns) of a header above the header, from left to right.
         """
         right = {key for key in columns if any(_is_number(row.get(key)) for row in rows)}
         side = {key: ' class="number"' if key in right else "" for key in columns}
         head = "".join(f"<th{side[key]}>{escape(title)}</th>" for key, title in columns.items())
+        if groups:
+            above = "".join(f'<th colspan="{size}">{escape(text)}</th>' for text, size in groups)
+            head = f"{above}</tr><tr>{head}"
         lines = []
         for index, row in enumerate(rows):
             cells = [
@@ -118,7 +136,8 @@ class Page:
                 for key in columns
             ]
             paired = zip(columns, cells, strict=True)
-            lines.append("<tr>" + "".join(f"<td{side[key]}>{c}</td>" for key, c in paired))
+            line = "".join(f"<td{side[key]}>{c}</td>" for key, c in paired)
+            lines.append(f'<tr class="quiet">{line}' if index in quiet else f"<tr>{line}")
         self.parts.append(
             f'<div class="scroll"><table><thead><tr>{head}</thead>'
             f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -130,7 +149,7 @@ class Page:
         self.parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
 
     def figures(self, images: Sequence[tuple[str, np.ndarray]], *, max_side_px: int = 640) -> None:
-        """Adds captioned pictures side by side; see `figure`."""
+        """Adds captioned pictures side by side, all of one width; see `figure`."""
         inside = "".join(figure(image, text, max_side_px=max_side_px) for text, image in images)
         self.parts.append(f'<div class="strip">{inside}</div>')
 
@@ -143,6 +162,10 @@ class Page:
         self.parts.append(
             f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
         )
+
+    def footer(self, text: str, code: str) -> None:
+        """Adds a closing line: a text and a command."""
+        self.parts.append(f"<footer>{escape(text)} <code>{escape(code)}</code></footer>")
 
     def html(self) -> str:
         """The whole page."""
@@ -168,35 +191,39 @@ def format_value(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, float | np.floating):
-        return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+        number = float(value)
+        return f"{number:.4f}" if abs(number) < 1000 else f"{number:.4g}"
     return escape(str(value))
 
 
-def figure(image: np.ndarray, caption: str, *, max_side_px: int, lossless: bool = False) -> str:
-    """A captioned picture as a data URI.
+def figure(image: np.ndarray, caption: str, *, max_side_px: int) -> str:
+    """A captioned picture as a data URI: PNG up to LOSSLESS_PX, else JPEG with full chroma.
 
     Args:
         image: (H, W, 3) or (H, W) uint8.
-        caption: Shown below, and read out by screen readers.
+        caption: Shown above, and read out by screen readers.
         max_side_px: Larger pictures are shrunk to this.
-        lossless: PNG instead of JPEG (quality 90, full chroma).
     """
     if image.dtype != np.uint8:
         raise ValueError(f"figure {caption!r}: expected uint8 pixels, got {image.dtype}")
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
-    kind, file = "png" if lossless else "jpeg", io.BytesIO()
-    picture.save(file, kind, **({} if lossless else {"quality": 90, "subsampling": 0}))
+    side, file = max(image.shape[:2]), io.BytesIO()  # a shrunk picture is none of the small ones
+    kind = "png" if side <= LOSSLESS_PX else "jpeg"
+    picture.save(file, kind, **({} if kind == "png" else {"quality": 82, "subsampling": 0}))
+    small = ' class="small"' if side <= SMALL_PX else ""
     data = base64.b64encode(file.getvalue()).decode("ascii")
     text = escape(caption)
     return (
-        f'<figure><img src="data:image/{kind};base64,{data}" alt="{text}" '
-        f'width="{picture.width}" height="{picture.height}">'
-        f"<figcaption>{text}</figcaption></figure>"
+        f'<figure><figcaption>{text}</figcaption><img{small} alt="{text}" '
+        f'src="data:image/{kind};base64,{data}" '
+        f'width="{picture.width}" height="{picture.height}"></figure>'
     )
 
 
-def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step") -> str:
+def line_chart(
+    title: str, lines: Sequence[Line], *, y_label: str = "", x_label: str = "optimizer step"
+) -> str:
     """A chart with linear axes as inline SVG; empty without a finite point."""
     segments = [(line, _segments(_thin(line))) for line in lines]
     points = [point for _, parts in segments for part in parts for point in part]
@@ -222,11 +249,16 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step") -> s
     for tick in x_ticks:
         x, _ = place(tick, y_low)
         label = f"{tick:,.0f}" if tick == int(tick) else f"{tick:g}"
-        y = CHART_HEIGHT - BOTTOM + 15
+        y = CHART_HEIGHT - BOTTOM + 17
         drawing.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{label}</text>')
     middle = (LEFT + CHART_WIDTH - RIGHT) // 2
     drawing.append(
         f'<text x="{middle}" y="{CHART_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    middle = (TOP + CHART_HEIGHT - BOTTOM) // 2
+    drawing.append(
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
     )
     names = list(dict.fromkeys(line.name for line in lines))
     colors = {name: f"var(--c{index % 6})" for index, name in enumerate(names)}

@@ -5,21 +5,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depthany.report.page import Line, Page, line_chart
+from depthany.report.page import Line, Page, figure, line_chart
 
-COLUMNS = {
-    "model": "Model",
-    "source": "Source",
-    "abs_rel": "AbsRel ↓",
-    "delta1": "δ1 ↑",
-    "negative_scale": "Negative scale",
-    "images": "Images",
+METRICS = {  # title and how to choose the best
+    "abs_rel": ("AbsRel ↓", min),
+    "delta1": ("δ1 ↑", max),
+    "negative_scale": ("negative scale ↓", min),
 }
+PICTURE_SIDES_PX = (256, 208, 160, 128, 96, 64)  # shown about 200 wide
+PICTURES_BYTES = 800_000  # of all together: the page stays below a megabyte
 MAX_SKIPS_SHOWN = 200
 Series = tuple[list[float], list[float]]  # steps, values
 
@@ -28,15 +28,17 @@ Series = tuple[list[float], list[float]]  # steps, values
 class Panel:
     """Pictures of one sample, shown side by side."""
 
-    title: str
+    title: str  # "<source>/<sample>"
     images: Sequence[tuple[str, np.ndarray]]  # caption, (H, W, 3) uint8
 
 
 def write_run_page(
     run_dir: Path,
     *,
-    panels: Sequence[Panel],
+    models: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
+    validation: Sequence[Panel],
+    pseudo_labels: Sequence[Panel],
     facts: Mapping[str, str],
     skipped: Sequence[tuple[str, str, str]],
 ) -> Path:
@@ -44,41 +46,51 @@ def write_run_page(
 
     Args:
         run_dir: The run folder; either file may be missing, the page then says so.
-        panels: Pictures, in reading order.
+        models: The trained models among the rows, the run's own last; the others are trivial.
         rows: The final evaluation: `model`, `source`, `abs_rel`, `delta1`, `negative_scale`
             (share of images that aligned with a negative scale), `images`. NaN: nothing scored.
-        facts: The run record: revision, seed, versions, hashes, throughput.
+        validation: Validation images with truth and predictions, the panels of a source together.
+        pseudo_labels: Unlabelled images with their labels, likewise.
+        facts: The run record: revision, seed, versions, hashes; `command` closes the page.
         skipped: (source, key, reason) of samples that could not be used.
 
     Returns:
         The path of the page.
     """
-    metrics = read_metrics(run_dir / "metrics.csv")
     page = Page(f"Run {run_dir.resolve().name}")
-    page.paragraph(headline(rows), style="lead")
+    for sentence in headline(rows, models) or ["This run has no final evaluation."]:
+        page.paragraph(sentence, style="lead")
     if rows:
         page.section("Result")
-        page.table(COLUMNS, rows, bold=best_cells(rows))
+        _add_result(page, rows, models)
+    side = _picture_side([*validation, *pseudo_labels])
+    if validation:
+        page.section("Validation images")
         page.paragraph(
-            "Prediction and truth are aligned by scale and shift in disparity before scoring. "
-            "Bold: best of the models on one source.",
-            style="note",
+            "Red is near, blue is far, dark grey has no label (sky, for one). Predictions are "
+            "aligned to the truth and share its colour scale."
         )
-    if panels:
-        page.section("Pictures")
-        for panel in panels:
-            page.subsection(panel.title)
-            page.figures(panel.images)
-    _add_curves(page, metrics)
+        _add_panels(page, validation, side)
+    if pseudo_labels:
+        page.section("Pseudo-labels")
+        page.paragraph(
+            "What the student learns from: red is near, blue is far. Dark grey under “dropped” is "
+            "the share of pixels with the largest loss, which the data term ignores as probably "
+            "mislabelled. Each map has its own colour scale."
+        )
+        _add_panels(page, pseudo_labels, side)
+    _add_curves(page, read_metrics(run_dir / "metrics.csv"))
     page.section("Skipped samples")
     _add_skipped(page, skipped)
-    page.section("Run record")
-    page.key_values(facts)
+    page.section("Run facts")
+    page.key_values({name: fact for name, fact in facts.items() if name != "command"})
     config = run_dir / "config.yaml"
     if config.is_file():
         page.details("Composed configuration", config.read_text(encoding="utf-8"))
     else:
         page.paragraph("The run folder has no config.yaml.", style="note")
+    if "command" in facts:
+        page.footer("Reproduce with", facts["command"])
     return page.write(run_dir / "report.html")
 
 
@@ -122,56 +134,116 @@ def smooth(values: Sequence[float]) -> list[float]:
     return means
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The result in one sentence per model: the plain mean over its sources with a score."""
-    if not rows:
-        return "This run has no final evaluation."
+def headline(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[str]:
+    """One sentence per source: the run's own model against the others and the best trivial one.
+
+    Args:
+        rows: As for `write_run_page`.
+        models: Likewise.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for row in rows:
+        scores.setdefault(row["source"], {})[row["model"]] = float(row["abs_rel"])
     sentences = []
-    for model in dict.fromkeys(str(row["model"]) for row in rows):
-        own = [row for row in rows if str(row["model"]) == model]
-        own = [row for row in own if math.isfinite(row["abs_rel"])]
-        if not own:
-            sentences.append(f"{model}: no image could be scored.")
+    for source, of in scores.items():
+        own = of.get(models[-1], math.nan)
+        if not math.isfinite(own):
+            sentences.append(f"On {source} the {models[-1]} has no score.")
             continue
-        abs_rel, delta1 = (
-            float(np.mean([float(row[name]) for row in own])) for name in ("abs_rel", "delta1")
-        )
-        num_images = sum(int(row["images"]) for row in own)
-        where = (
-            f"on {own[0]['source']}" if len(own) == 1 else f"in the mean over {len(own)} sources"
-        )
-        sentences.append(
-            f"{model}: AbsRel {abs_rel:.4f} and δ1 {delta1:.4f} {where} ({num_images} images)."
-        )
-    return " ".join(sentences)
+        finite = {name: score for name, score in of.items() if math.isfinite(score)}
+        rivals = {f"its {name}": finite[name] for name in models[:-1] if name in finite}
+        trivial = {name: score for name, score in finite.items() if name not in models}
+        if trivial:
+            name = min(trivial, key=trivial.__getitem__)
+            rivals[f"the strongest trivial predictor, {name}"] = trivial[name]
+        parts = [f"{_compared(own, score)} {name} ({score:.4f})" for name, score in rivals.items()]
+        verdict = f": {' and '.join(parts)}" if parts else ""
+        sentences.append(f"On {source} the {models[-1]} scores AbsRel {own:.4f}{verdict}.")
+    return sentences
 
 
-def best_cells(rows: Sequence[Mapping[str, Any]]) -> set[tuple[int, str]]:
-    """(row index, column) of the best value per source, where more than one model is compared."""
-    best = set()
-    for source in {row["source"] for row in rows}:
-        own = [index for index, row in enumerate(rows) if row["source"] == source]
-        for name, choose in (("abs_rel", min), ("delta1", max)):
-            values = {index: float(rows[index][name]) for index in own}
-            finite = [value for value in values.values() if math.isfinite(value)]
-            if len(own) > 1 and finite:
-                best |= {(i, name) for i, value in values.items() if value == choose(finite)}
-    return best
+def _compared(own: float, other: float) -> str:
+    percent = round(100 * (1 - own / other), 1) if other else 0.0
+    if not percent:
+        return "level with"
+    return f"{abs(percent):.1f}\N{NO-BREAK SPACE}% {'better' if percent > 0 else 'worse'} than"
+
+
+def _add_result(page: Page, rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> None:
+    """One line per model, the trivial ones last; per source one column for each metric."""
+    num_images: dict[str, int] = {}
+    lines: dict[str, dict[str, Any]] = {name: {"model": name} for name in models}
+    for row in rows:
+        source, line = row["source"], lines.setdefault(row["model"], {"model": row["model"]})
+        num_images[source] = max(num_images.get(source, 0), int(row["images"]))
+        line |= {f"{source}/{metric}": float(row[metric]) for metric in METRICS}
+    table = list(lines.values())
+    columns, bold = {"model": "Model"}, set()
+    for source in num_images:
+        for metric, (title, choose) in METRICS.items():
+            key = f"{source}/{metric}"
+            columns[key] = title
+            # the sign of a map without detail says little: there the models compete alone
+            rivals = table[: len(models)] if metric == "negative_scale" else table
+            values = {i: line[key] for i, line in enumerate(rivals) if key in line}
+            finite = {value for value in values.values() if math.isfinite(value)}
+            if len(finite) > 1:
+                bold |= {(i, key) for i, value in values.items() if value == choose(finite)}
+    groups = [(f"{source} ({count} images)", len(METRICS)) for source, count in num_images.items()]
+    quiet = range(len(models), len(table))
+    page.table(columns, table, bold=bold, quiet=quiet, groups=[("", 1), *groups])
+    page.paragraph(
+        "Prediction and truth are aligned by scale and shift in disparity before scoring; negative "
+        "scale is the share of images where that turned the prediction around. Bold: the best of "
+        "a column (negative scale: of the models). Grey: trivial predictors, which do not look at "
+        "the image.",
+        style="note",
+    )
+
+
+def _picture_side(panels: Sequence[Panel]) -> int:
+    """The largest side with which all pictures together stay within PICTURES_BYTES."""
+    images = [image for panel in panels for _, image in panel.images]
+    for side in PICTURE_SIDES_PX:
+        if sum(len(figure(image, "", max_side_px=side)) for image in images) < PICTURES_BYTES:
+            return side
+    return PICTURE_SIDES_PX[-1]
+
+
+def _add_panels(page: Page, panels: Sequence[Panel], side: int) -> None:
+    for source, group in groupby(panels, key=lambda panel: panel.title.partition("/")[0]):
+        page.subsection(source)
+        for panel in group:
+            page.paragraph(panel.title.partition("/")[2], style="note")
+            page.figures(panel.images, max_side_px=side)
 
 
 def _add_curves(page: Page, metrics: Mapping[str, Series]) -> None:
-    loss = {name: series for name, series in metrics.items() if name.startswith("train/loss")}
-    page.section("Training loss")
-    if loss:
-        charts = []
-        for name, (steps, values) in loss.items():
-            title = name.removeprefix("train/")
-            raw = Line(title, steps, values, faint=True)
-            charts.append(line_chart(title, [raw, Line(title, steps, smooth(values))]))
-        page.charts(charts)
-        page.paragraph("Pale: as logged. Strong: exponential mean.", style="note")
-    else:
-        page.paragraph("No training loss was logged.", style="note")
+    page.section("Training")
+    charts = []
+    for name, (steps, values) in metrics.items():
+        if name.startswith("train/loss"):
+            part = name.removeprefix("train/loss").strip("/")
+            label = f"{part} loss".strip()
+            raw, mean = Line(label, steps, values, faint=True), Line(label, steps, smooth(values))
+            title = f"Loss: {part}, unweighted" if part else "Loss: weighted sum"
+            charts.append(line_chart(title, [raw, mean], y_label=label))
+    note = "Loss pale: as logged; strong: mean." if charts else "No training loss was logged."
+    rates = [Line(name, *series) for name, series in metrics.items() if name.startswith("lr")]
+    speed, wait = (
+        next((s for name, s in metrics.items() if name.rpartition("/")[2] == last), ([], []))
+        for last in ("images_per_s", "data_wait")
+    )
+    charts.append(line_chart("Learning rate", rates, y_label="learning rate"))
+    charts.append(line_chart("Throughput", [Line("images/s", *speed)], y_label="images/s"))
+    page.charts(charts)
+    page.paragraph(note, style="note")
+    medians = [f"{np.median(speed[1]):.1f} images/s"] if speed[1] else []
+    if wait[1]:
+        share = 100 * np.median(wait[1])
+        medians.append(f"{share:.1f}\N{NO-BREAK SPACE}% of the time waiting for data")
+    if medians:
+        page.paragraph(f"Throughput, median: {', '.join(medians)}.")
     page.section("Validation")
     validation: dict[str, list[Line]] = {}
     for name, series in metrics.items():
@@ -179,37 +251,27 @@ def _add_curves(page: Page, metrics: Mapping[str, Series]) -> None:
             source, _, metric = name.removeprefix("val/").rpartition("/")
             validation.setdefault(metric, []).append(Line(source or "all", *series))
     if validation:
-        titles = {"abs_rel": "AbsRel (lower is better)", "delta1": "δ1 (higher is better)"}
-        page.charts([line_chart(titles.get(m, m), lines) for m, lines in validation.items()])
+        titles = {metric: METRICS.get(metric, (metric,))[0] for metric in validation}
+        page.charts(
+            [line_chart(titles[m], lines, y_label=titles[m]) for m, lines in validation.items()]
+        )
     else:
         page.paragraph("No validation was logged.", style="note")
-    page.section("Learning rate and throughput")
-    titles = {"images_per_s": "Images per second", "data_wait": "Share of time waiting for data"}
-    charts = [
-        line_chart(titles[last], [Line(titles[last], *series)])
-        for name, series in metrics.items()
-        if (last := name.rpartition("/")[2]) in titles
-    ]
-    rates = [Line(name, *series) for name, series in metrics.items() if name.startswith("lr")]
-    if rates:
-        charts.insert(0, line_chart("Learning rate", rates))
-    if charts:
-        page.charts(charts)
-    else:
-        page.paragraph("Neither was logged.", style="note")
 
 
 def _add_skipped(page: Page, skipped: Sequence[tuple[str, str, str]]) -> None:
     if not skipped:
         page.paragraph("None: every sample could be used.")
         return
-    counts = Counter(source for source, _, _ in skipped)
-    columns = {"source": "Source", "skipped": "Skipped"}
-    page.table(columns, [{"source": s, "skipped": n} for s, n in sorted(counts.items())])
+    counts = Counter((source, reason) for source, _, reason in skipped)
+    page.table(
+        {"source": "Source", "reason": "Reason", "samples": "Samples"},
+        [{"source": s, "reason": r, "samples": n} for (s, r), n in sorted(counts.items())],
+    )
     lines = [f"{source}  {key}: {reason}" for source, key, reason in sorted(skipped)]
     if len(lines) > MAX_SKIPS_SHOWN:
         lines[MAX_SKIPS_SHOWN:] = [f"and {len(lines) - MAX_SKIPS_SHOWN} more"]
-    page.details("Each with its reason", "\n".join(lines))
+    page.details("Each sample", "\n".join(lines))
 
 
 def _number(cell: Any) -> float | None:

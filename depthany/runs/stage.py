@@ -231,8 +231,10 @@ class Stage:
         rows = score_all(baselines(self.data) | predictors, self.data, size=size, multiple=multiple)
         page = write_run_page(
             self.run_dir,
-            panels=[*self._validation_panels(models), *self._label_panels(model)],
+            models=list(models),
             rows=rows,
+            validation=self._validation_panels(models),
+            pseudo_labels=self._label_panels(model),
             facts=self.facts,
             skipped=list(self.skips.seen.values()),
         )

@@ -6,14 +6,16 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from depthany.report.page import MAX_POINTS, Line, Page, figure, line_chart
-from depthany.report.run_page import Panel, read_metrics, smooth, write_run_page
+from depthany.report.page import LOSSLESS_PX, MAX_POINTS, SMALL_PX, Line, Page, figure, line_chart
+from depthany.report.run_page import Panel, headline, read_metrics, smooth, write_run_page
 
+SPACE = "\N{NO-BREAK SPACE}"
 VOID = {"meta", "img", "link", "br", "hr"}
 OPTIONAL_END = {"tr", "td", "th", "thead", "tbody"}
 NASTY = "<script>alert('x')</script> & \"quoted\""
@@ -61,15 +63,30 @@ def assert_self_contained(html: str, reader: Reader) -> None:
 
 
 METRICS = """epoch,lr,step,train/loss,train/loss/gradient,val/indoor/abs_rel,val/indoor/delta1,\
-images_per_s
-0,0.001,0,0.9,0.3,,,
-0,,9,0.5,0.2,,,41.5
+images_per_s,data_wait
+0,0.001,0,0.9,0.3,,,,
+0,,9,0.5,0.2,,,41.5,0.25
 0,,9,,,0.25,0.61,
-1,0.0005,19,nan,0.1,,,42.5
+1,0.0005,19,nan,0.1,,,42.5,0.25
 1,,19,,,0.125,0.86,
 1,,9,0.45,,,,
 1,,29,0.3x
 """
+
+
+def row(model: str, source: str, abs_rel: float, negative_scale: float = 0.0) -> dict[str, Any]:
+    scores = {"abs_rel": abs_rel, "delta1": 1 - abs_rel, "negative_scale": negative_scale}
+    return {"model": model, "source": source, "images": 0 if math.isnan(abs_rel) else 100} | scores
+
+
+ROWS = [
+    row("constant", "indoor", 0.3811),
+    row("mean map", "indoor", 0.2500),
+    row("mean map", "outdoor", 0.1),
+    row("teacher", "indoor", 0.1250, 0.03),
+    row("student", "indoor", 0.1375, 0.02),
+    row("student", "outdoor", math.nan, math.nan),
+]
 
 
 @pytest.fixture
@@ -81,18 +98,20 @@ def page(tmp_path: Path) -> str:
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     path = write_run_page(
         run,
-        panels=[Panel(f"sample {NASTY}", [("image", image), (NASTY, image[..., 0])])],
-        rows=[
-            {"model": "teacher", "source": "indoor", "abs_rel": 0.1250, "delta1": 0.8601,
-             "negative_scale": 0, "images": 100},
-            {"model": "student", "source": "indoor", "abs_rel": 0.1377, "delta1": 0.8402,
-             "negative_scale": 0.02, "images": 100},
-            {"model": "student", "source": "outdoor", "abs_rel": math.nan, "delta1": 0.7003,
-             "negative_scale": math.nan, "images": 0},
+        models=["teacher", "student"],
+        rows=ROWS,
+        validation=[
+            Panel(f"indoor/{NASTY}", [("image", image), (NASTY, image[..., 0])]),
+            Panel("indoor/b", [("image", image)]),
         ],
-        facts={"revision": "abc123", "note": NASTY},
-        skipped=[("indoor", "indoor/a", "truncated"), ("indoor", NASTY, "empty")],
-    )  # fmt: skip
+        pseudo_labels=[Panel("street/c", [("clean", image)])],
+        facts={"revision": "abc123", "note": NASTY, "command": "python -m depthany.train a=b"},
+        skipped=[
+            ("indoor", "indoor/a", "truncated"),
+            ("indoor", "indoor/b", "truncated"),
+            ("indoor", NASTY, "empty"),
+        ],
+    )
     assert path == run / "report.html"
     assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "metrics.csv", "report.html"]
     return path.read_text(encoding="utf-8")
@@ -106,24 +125,63 @@ def test_run_page_stands_alone_and_escapes(page: str) -> None:
 
 def test_run_page_holds_what_it_was_given_in_reading_order(page: str) -> None:
     text = "\n".join(Reader(page).text)
-    assert "teacher: AbsRel 0.1250 and δ1 0.8601 on indoor (100 images)." in text
-    for value in ("0.1377", "0.8402", "0.7003", "abc123", "truncated", "42.5"):
-        assert value in text
-    places = [
-        text.index(f"\n{heading}\n")
-        for heading in ("Result", "Pictures", "Training loss", "Validation",
-                        "Learning rate and throughput", "Skipped samples", "Run record",
-                        "Composed configuration")
-    ]  # fmt: skip
+    assert f"Throughput, median: 42.0 images/s, 25.0{SPACE}% of the time waiting for data." in text
+    headings = ("Result", "Validation images", "indoor", "Pseudo-labels", "street", "Training",
+                "Loss: weighted sum", "Loss: gradient, unweighted", "Learning rate", "Throughput",
+                "Validation", "Skipped samples", "Run facts", "Composed configuration",
+                "python -m depthany.train a=b")  # fmt: skip
+    places = [text.index(f"\n{heading}\n") for heading in headings]
     assert places == sorted(places)
-    assert page.count("data:image/") == 2
-    assert "<b>0.1250</b>" in page and "<b>0.1377</b>" not in page and "<b>0.7003</b>" not in page
+    assert page.count("<h3>indoor</h3>") == 1  # the panels of a source together
+    assert page.count("data:image/") == 4
+    for label in ("loss", "gradient loss", "learning rate", "images/s", "AbsRel ↓", "δ1 ↑"):
+        assert f">{label}</text>" in page
+    assert page.count("python -m depthany.train") == 1  # in the footer only
+    assert '<td>empty</td><td class="number">1</td>' in page
+    assert '<td>truncated</td><td class="number">2</td>' in page
+
+
+def test_the_result_has_a_line_per_model_and_stresses_the_best(page: str) -> None:
+    lines = page.split("<tbody>")[1].split("</tbody>")[0].split("<tr")[1:]
+    names = ["teacher", "student", "constant", "mean map"]
+    assert [next(name for name in names if name in line) for line in lines] == names
+    assert ['class="quiet"' in line for line in lines] == [False, False, True, True]
+    # one score of a source is no comparison; the negative scale of a constant is none either
+    bold = [re.findall("<b>([^<]*)</b>", line) for line in lines]
+    assert bold == [["0.1250", "0.8750"], ["0.0200"], [], []]
+
+
+def test_the_headline_compares_source_by_source() -> None:
+    assert headline(ROWS, ["teacher", "student"]) == [
+        f"On indoor the student scores AbsRel 0.1375: 10.0{SPACE}% worse than its teacher (0.1250) "
+        f"and 45.0{SPACE}% better than the strongest trivial predictor, mean map (0.2500).",
+        "On outdoor the student has no score.",
+    ]
+    assert headline([row("mean map", "a", 0.2), row("teacher", "a", 0.2)], ["teacher"]) == [
+        "On a the teacher scores AbsRel 0.2000: level with the strongest trivial predictor, "
+        "mean map (0.2000)."
+    ]
+    alone = [row("teacher", "a", 0.2)]
+    assert headline(alone, ["teacher"]) == ["On a the teacher scores AbsRel 0.2000."]
 
 
 def test_an_empty_run_still_has_a_page(tmp_path: Path) -> None:
-    html = write_run_page(tmp_path, panels=[], rows=[], facts={}, skipped=[]).read_text()
+    empty: dict[str, Any] = {"rows": [], "validation": [], "pseudo_labels": [], "skipped": []}
+    html = write_run_page(tmp_path, models=["teacher"], facts={}, **empty).read_text()
     assert_self_contained(html, Reader(html))
-    assert "no final evaluation" in html and "No training loss" in html
+    assert "no final evaluation" in html and "No training loss" in html and "<footer" not in html
+
+
+def test_many_large_pictures_stay_below_a_megabyte(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (18, 18, 3), dtype=np.uint8))
+    image = np.asarray(coarse.resize((518, 518), Image.Resampling.BICUBIC))
+    panels = [Panel(f"a/{i}", [("image", image)] * 5) for i in range(20)]
+    none: dict[str, Any] = {"rows": [], "facts": {}, "skipped": []}
+    path = write_run_page(
+        tmp_path, models=["student"], validation=panels, pseudo_labels=panels[:4], **none
+    )
+    assert path.stat().st_size < 1_000_000
 
 
 def test_sparse_metrics(tmp_path: Path) -> None:
@@ -167,13 +225,19 @@ def test_a_long_curve_is_thinned_but_keeps_its_extremes() -> None:
 
 
 def test_a_picture_comes_back() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    html = figure(image, "a & b", max_side_px=64, lossless=True)
+    image = np.random.default_rng(0).integers(0, 256, (8, LOSSLESS_PX, 3), dtype=np.uint8)
+    html = figure(image, "a & b", max_side_px=LOSSLESS_PX)
     data = re.search(r"base64,([^\"]*)", html)
     assert data and (np.asarray(Image.open(io.BytesIO(base64.b64decode(data[1])))) == image).all()
-    assert "a &amp; b" in html
+    assert "a &amp; b" in html and html.index("<figcaption>") < html.index("<img")
     with pytest.raises(ValueError, match="uint8"):
         figure(image / 255.0, "float", max_side_px=64)
+
+
+def test_only_small_pictures_show_their_pixels() -> None:
+    large = np.zeros((9, SMALL_PX + 1, 3), np.uint8)
+    assert 'class="small"' in figure(large[:, 1:], "", max_side_px=640)
+    assert 'class="small"' not in figure(large, "", max_side_px=640)
 
 
 def test_a_table_shows_gaps_as_dashes() -> None:

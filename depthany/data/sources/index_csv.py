@@ -1,11 +1,12 @@
 """One's own images and labels, listed in a CSV file."""
 
 import csv
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -143,6 +144,15 @@ class IndexCsv:
     def group(self, index: int) -> str:
         """The column `dataset`, to split by."""
         return self._rows[index].dataset
+
+    def identity(self) -> dict[str, Any]:
+        """What a packed copy depends on: the rows in use and the sizes of their files."""
+        digest = hashlib.sha256()
+        for row in self._rows:
+            files = [self.root / path for path in (row.image, row.depth)]
+            sizes = [path.stat().st_size if path.exists() else -1 for path in files]
+            digest.update(f"{row} {sizes}\n".encode())
+        return {"rows": digest.hexdigest()}
 
     def prepare(self) -> None:
         """Check that all files exist; call once before training.

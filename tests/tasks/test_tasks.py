@@ -1,0 +1,486 @@
+"""Laws of the two stages, on a model of a few thousand weights and batches made by hand."""
+
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.testing import assert_close
+
+from depthany.callbacks.checkpoint import AtomicCheckpointIO
+from depthany.callbacks.ema import Ema
+from depthany.config.build import build
+from depthany.config.launch import compose
+from depthany.data.augment import Augment
+from depthany.data.labels import CODEC_ERROR, LabelPlan
+from depthany.data.module import DepthData, Mix, collate
+from depthany.data.sources.packed import Packed
+from depthany.data.sources.scenes import Scenes
+from depthany.geometry.disparity import normalise
+from depthany.inference.predictor import Predictor
+from depthany.losses.affine_invariant import AffineInvariant, affine_invariant
+from depthany.losses.feature_alignment import FeatureAlignment, feature_alignment
+from depthany.losses.gradient_matching import GradientMatching
+from depthany.losses.total import WeightedSum
+from depthany.models.depth_model import DepthModel
+from depthany.models.weights import weights_hash
+from depthany.optim.plan import OptimPlan
+from depthany.runs.label_job import label_shards
+from depthany.tasks.student import StudentTask, cutmix_boxes, partners
+from depthany.tasks.teacher import TeacherTask
+from depthany.types import DepthKind
+
+SIZE = 32
+PRECISION = "fp32"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def model(seed: int = 0) -> DepthModel:
+    torch.manual_seed(seed)
+    return DepthModel(
+        encoder="vit_tiny_patch16_224",
+        encoder_arguments={"patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": SIZE},
+        taps=[0, 1, 2, 3],
+        pretrained=False,
+        pos_embed="official",
+        features=8,
+        out_channels=[8, 8, 8, 8],
+        hidden=4,
+        activation="softplus",
+        input_size=SIZE,
+    )
+
+
+def plan(**changes) -> OptimPlan:
+    settings = {"encoder_lr": 1e-2, "head_lr": 1e-2, "weight_decay": 0.01, "betas": [0.9, 0.999], "warmup": 0.0}
+    settings |= {"schedule": "constant", "clip_norm": 1.0, "batch_size": 4, "teacher_epochs": 1}
+    return OptimPlan(**settings | changes)
+
+
+def loss_of(*names: str) -> WeightedSum:
+    terms = {
+        "ssi": AffineInvariant(weight=1.0, alignment="median", trim=0.0, drop=0.0),
+        "gradient": GradientMatching(weight=2.0, scales=2, alignment="median"),
+        "feature": FeatureAlignment(weight=1.0, margin=1.0),
+    }
+    return WeightedSum(terms={name: terms[name] for name in names})
+
+
+def batch_of(pseudo: list[bool], *, seed: int = 0, online: bool = False, boxes: bool = True) -> dict:
+    """A batch whose parts, labelled and pseudo-labelled, have weights that sum to 1 each."""
+    rng = torch.Generator().manual_seed(seed)
+    b = len(pseudo)
+    flags = torch.tensor(pseudo)
+    valid = torch.rand(b, SIZE, SIZE, generator=rng) > 0.1
+    if online:
+        valid &= ~flags[:, None, None]
+    share = torch.where(flags, flags.sum(), (~flags).sum()).float()
+    box = torch.tensor([4, 6, 20, 30]) if boxes else torch.zeros(4, dtype=torch.int64)
+    return {
+        "image": torch.randn(b, 3, SIZE, SIZE, generator=rng),
+        "clean": torch.randn(b, 3, SIZE, SIZE, generator=rng),
+        "disparity": normalise(torch.rand(b, SIZE, SIZE, generator=rng), valid),
+        "valid": valid,
+        "pseudo": flags,
+        "weight": 1 / share,
+        "kind": [DepthKind.PSEUDO if p else DepthKind.METRIC for p in pseudo],
+        "key": [f"set/{seed}-{i}" for i in range(b)],
+        "skipped": [],
+        "consumed": b,
+        "cutmix": box.repeat(b, 1) * flags[:, None],
+    }
+
+
+def student(*names: str, feature_encoder="teacher", teacher: DepthModel | None = None, **changes) -> StudentTask:
+    return StudentTask(
+        model=model(1),
+        loss=loss_of(*names or ("ssi", "gradient", "feature")),
+        plan=plan(**changes),
+        teacher=teacher or model(0),
+        teacher_ckpt="last",
+        feature_encoder=feature_encoder,
+        precision=PRECISION,
+    )
+
+
+def fit(task, batches: list[dict], *callbacks, **trainer) -> pl.Trainer:
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    settings |= {"enable_model_summary": False, "max_epochs": 1, "plugins": [AtomicCheckpointIO()]}
+    trainer = pl.Trainer(**settings | trainer, callbacks=list(callbacks))
+    trainer.fit(task, [dict(batch) for batch in batches])
+    return trainer
+
+
+def gradients(task, batch: dict) -> dict[str, torch.Tensor]:
+    """Of one step, before clipping and before the weights move."""
+    batch = dict(batch)
+    task.zero_grad()
+    target, regions = task.target(batch)
+    losses, _ = task.loss(task.model.outputs(batch["image"]), target, regions)
+    (batch["weight"] * losses).sum().backward()
+    return {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+
+
+# The teacher
+
+
+@pytest.mark.parametrize("feature_encoder", ["teacher", "initial"])
+def test_the_teacher_is_frozen_unsaved_and_not_optimised(feature_encoder, tmp_path):
+    teacher = model(0)
+    task = student(feature_encoder=feature_encoder, teacher=teacher)
+    frozen = [f.model for f in task._frozen.values()]
+    before = [weights_hash(f) for f in frozen]
+    assert before[0] == weights_hash(model(0))
+    steps = [batch_of([False, True, True, True], seed=s, online=True) for s in range(3)]
+    trainer = fit(task, steps, Ema(decay=0.5))
+
+    assert [weights_hash(f) for f in frozen] == before
+    assert all(p.grad is None and not p.requires_grad for f in frozen for p in f.parameters())
+    mine = {id(p) for f in frozen for p in f.parameters()}
+    assert not mine & {id(p) for p in task.parameters()}
+    assert not mine & {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert set(task.state_dict()) == {f"model.{name}" for name in task.model.state_dict()}
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    tensors = {id(t) for t in saved["state_dict"].values()}
+    assert len(tensors) == len(task.model.state_dict())
+    size = sum(t.numel() * t.element_size() for t in task.model.state_dict().values())
+    # current weights, their average and two moments of Adam: nothing that a teacher would add
+    assert (tmp_path / "a.ckpt").stat().st_size < 4.6 * size
+
+
+def test_the_teacher_stays_in_eval_mode_whatever_is_asked():
+    task = student()
+    task.train()
+    for frozen in task._frozen.values():
+        frozen.train()
+        assert not any(module.training for module in frozen.modules())
+    assert task.model.training
+
+
+@pytest.mark.parametrize("make", [student, lambda: TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan())])
+def test_every_parameter_of_the_trained_model_gets_a_gradient(make):
+    task = make()
+    batch = batch_of([True] * 4 if isinstance(task, StudentTask) else [False] * 4)
+    found = gradients(task, batch)
+    assert set(found) == {name for name, _ in task.named_parameters()}
+    assert [name for name, g in found.items() if not g.isfinite().all() or not g.any()] == []
+
+
+def test_labels_made_online_carry_no_gradient_to_the_teacher():
+    task = student("ssi", "gradient")
+    target, _ = task.target(batch_of([True, True], online=True))
+    assert not target.disparity.requires_grad and target.valid.all()
+
+
+# CutMix
+
+
+@pytest.mark.parametrize(
+    ("pseudo", "expected"),
+    [
+        ([True, True, True, True], [1, 0, 3, 2]),
+        ([True, True, True], [1, 0, 2]),
+        ([True, False, True, False, True, True], [2, 1, 0, 3, 5, 4]),
+        ([True], [0]),
+        ([False, False], [0, 1]),
+    ],
+)
+def test_partners_are_neighbours_among_the_pseudo_labelled(pseudo, expected):
+    found = partners(torch.tensor(pseudo))
+    assert found.tolist() == expected
+    assert torch.equal(found[found], torch.arange(len(pseudo)))  # each is its partner's partner
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_pasted_pixels_come_from_the_partner_and_target_and_validity_move_with_them(online):
+    task = student("ssi")
+    batch = batch_of([False, True, True, True, True], online=online)
+    plain = batch_of([False, True, True, True, True], online=online, boxes=False)
+    unmixed, none = task.target(plain)
+    assert none is None
+    before = batch["image"].clone()
+    target, regions = task.target(batch)
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[4:20, 6:30] = True
+    partner = {0: 0, 1: 2, 2: 1, 3: 4, 4: 3}
+    for i in range(5):
+        assert torch.equal(batch["image"][i][:, inside], before[partner[i]][:, inside])
+        assert torch.equal(batch["image"][i][:, ~inside], before[i][:, ~inside])
+        for mixed, alone in ((target.disparity, unmixed.disparity), (target.valid, unmixed.valid)):
+            assert torch.equal(mixed[i][inside], alone[partner[i]][inside])
+            assert torch.equal(mixed[i][~inside], alone[i][~inside])
+    box, rest = regions
+    assert torch.equal(box, ~rest) and not box[0].any()
+    assert all(torch.equal(box[i], inside) for i in range(1, 5))
+
+
+@pytest.mark.parametrize("without_weight", [1, 2])
+def test_padding_is_neither_mixed_nor_mixed_in(without_weight):
+    task = student("ssi")
+    batch = batch_of([True, True, True, True])
+    batch["weight"][without_weight] = 0.0
+    before = batch["image"].clone()
+    _, regions = task.target(batch)
+    pair = [0, 1] if without_weight == 1 else [2, 3]
+    assert torch.equal(batch["image"][pair], before[pair])
+    assert not regions[0][pair].any() and regions[0].any()
+
+
+def test_labelled_images_are_never_mixed():
+    task = student("ssi")
+    batch = batch_of([False] * 4)
+    batch["cutmix"][:] = torch.tensor([0, 0, SIZE, SIZE])
+    before, disparity = batch["image"].clone(), batch["disparity"].clone()
+    target, regions = task.target(batch)
+    assert regions is None
+    assert torch.equal(batch["image"], before) and torch.equal(target.disparity, disparity)
+
+
+def test_an_empty_box_is_no_cutmix():
+    boxes = torch.zeros(2, 4, dtype=torch.int64)
+    assert not cutmix_boxes(boxes, torch.tensor([True, True]), torch.tensor([True, True]), (SIZE, SIZE)).any()
+
+
+# Labels
+
+
+def quiet(**changes) -> Augment:
+    settings = {"size": SIZE, "flip": 0.0, "jitter": 0.0, "brightness": 0.5, "contrast": 0.5, "saturation": 0.5}
+    settings |= {"hue": 0.25, "grey": 0.0, "blur": 0.0, "blur_sigma_px": [0.1, 2.0], "noise": 0.0, "cutmix": 0.0}
+    return Augment(**settings | changes)
+
+
+def scenes(root, *, size: int = SIZE, count: int = 6) -> Packed:
+    source = Scenes(name="scenes_b", style="b", num_scenes=count, scene_seed=2, size=size)
+    return Packed(source=source, root=str(root), samples_per_shard=4, short_side=None)
+
+
+def batch_from(root, *, online: bool, teacher: str | None, augment: Augment) -> dict:
+    source = scenes(root)
+    source.teacher = teacher
+    data = DepthData(
+        name="test",
+        sources={},
+        unlabelled={"scenes_b": source},
+        validation={},
+        max_depth={},
+        num_workers=0,
+        window=1,
+        limit=None,
+        skip_limit=0.0,
+        mix=Mix(labelled=0, unlabelled=1, epochs=1),
+        augment={"labelled": augment, "unlabelled": augment},
+        batch_size=6,
+        seed=0,
+        online=online,
+    )
+    data.setup()
+    dataset = data.train_dataset()
+    batch = collate([dataset[spot._replace(weight=1 / 6)] for spot in data.first_spots("unlabelled", 6)])
+    return data.on_after_batch_transfer(batch, 0)
+
+
+@pytest.mark.parametrize("codec", ["png16", "float16", "png8"])
+def test_online_labels_equal_offline_labels_within_the_codec_error(codec, tmp_path):
+    teacher = model(0)
+    source = scenes(tmp_path)
+    source.prepare()
+    labels = LabelPlan(mode="offline", codec=codec, input_size=None, batch_size=1, precision="fp32")
+    predictor = Predictor(model=teacher, device="cpu", precision="fp32")
+    assert label_shards(predictor, source.tars, teacher="t", plan=labels) == []
+    task = student("ssi", teacher=teacher)
+    offline, _ = task.target(batch_from(tmp_path, online=False, teacher="t", augment=quiet()))
+    online, _ = task.target(batch_from(tmp_path, online=True, teacher=None, augment=quiet()))
+    assert offline.valid.all() and online.valid.all()
+    # both are min-max normalised: the codec's rounding, once in the label and once in its ends
+    assert (offline.disparity - online.disparity).abs().max() <= 2 * CODEC_ERROR[codec] + 1e-5
+
+
+def test_an_online_label_is_the_teachers_even_where_the_set_has_its_own(tmp_path):
+    """The embedded scenes know their depth. Nobody may look."""
+    scenes(tmp_path).prepare()
+    batch = batch_from(tmp_path, online=True, teacher=None, augment=quiet())
+    assert not batch["valid"].any()
+    assert set(batch["kind"]) == {DepthKind.PSEUDO}
+
+
+def test_the_teacher_sees_the_clean_image_and_the_student_the_perturbed_one(tmp_path):
+    scenes(tmp_path).prepare()
+    batch = batch_from(tmp_path, online=True, teacher=None, augment=quiet(jitter=1.0, blur=1.0, cutmix=1.0))
+    task = student("ssi", "feature")
+    clean = task._frozen["teacher"].disparity(batch["clean"], precision=PRECISION)
+    asked: list[torch.Tensor] = []
+    task._frozen["teacher"].model.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+    boxes, batch["cutmix"] = batch["cutmix"], torch.zeros_like(batch["cutmix"])
+    target, _ = task.target(batch)
+    assert torch.equal(asked[0], batch["clean"]) and not torch.equal(batch["clean"], batch["image"])
+    assert_close(target.disparity, clean)
+    assert (boxes[:, 2] > boxes[:, 0]).all()
+
+
+# Feature alignment
+
+
+def test_features_are_of_the_very_image_that_the_student_sees():
+    """An encoder frozen before the first step agrees with the student on every batch, CutMix included."""
+    task = student("ssi", "feature", feature_encoder="initial")
+    batch = batch_of([False, True, True, True])
+    target, regions = task.target(batch)
+    output = task.model.outputs(batch["image"])
+    assert regions is not None
+    assert torch.equal(target.features, output.features)
+    assert_close(feature_alignment(output.features, target.features, margin=1.0), torch.zeros(4), atol=1e-6, rtol=0)
+
+
+def test_the_frozen_encoder_does_not_follow_the_student():
+    task = student("ssi", "feature", feature_encoder="initial")
+    fit(task, [batch_of([True, True], seed=s) for s in range(2)])
+    batch = batch_of([True, True])
+    target, _ = task.target(batch)
+    assert not torch.allclose(target.features, task.model.outputs(batch["image"]).features, atol=1e-3)
+
+
+# The step
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_padding_changes_no_gradient(online):
+    whole = batch_of([False, True, True], online=online, boxes=False)
+    padded = {
+        name: torch.cat([value, value[[1, 0, 2]]]) if isinstance(value, torch.Tensor) else value
+        for name, value in whole.items()
+    }
+    padded["weight"] = torch.cat([whole["weight"], torch.zeros(3)])
+    for one, other in zip(gradients(student(), whole).values(), gradients(student(), padded).values(), strict=True):
+        assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_a_blank_of_a_damaged_sample_changes_no_gradient():
+    whole = batch_of([True, True], boxes=False)
+    blank = dict(batch_of([True, True, True], boxes=False))
+    for name in ("image", "clean", "disparity", "valid"):
+        blank[name][:2], blank[name][2] = whole[name], 0
+    blank["weight"] = torch.tensor([0.5, 0.5, 0.0])
+    for one, other in zip(gradients(student(), whole).values(), gradients(student(), blank).values(), strict=True):
+        assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_shares_of_a_batch_on_two_ranks_average_to_its_gradient():
+    """What DDP averages: each rank has its items with weight world / n; neighbours stay together."""
+    whole = batch_of([True, True, True, True, False, False])
+    expected = gradients(student(), whole)
+    halves = []
+    for rows in ([0, 1, 4], [2, 3, 5]):
+        half = {n: v[rows] if isinstance(v, torch.Tensor) else v for n, v in whole.items()}
+        half["weight"] = half["weight"] * 2
+        halves.append(gradients(student(), half))
+    for name, value in expected.items():
+        assert_close((halves[0][name] + halves[1][name]) / 2, value, atol=1e-6, rtol=1e-4)
+
+
+def test_the_v1_student_learns_the_mean_of_its_three_losses():
+    """V1 section 3.3 with equations 1, 6-8 and 9, by hand, against configs/loss/student_v1.yaml."""
+    terms = build(compose("train", ["stage=student", "recipe=v1"]).loss)
+    task = student()
+    task.loss = WeightedSum(terms=terms)
+    batch = batch_of([True, True, True, True, False, False])  # two labelled, four unlabelled
+    target, regions = task.target(batch)
+    output = task.model.outputs(batch["image"])
+    found, _ = task.loss(output, target, regions)
+    found = (batch["weight"] * found).sum()
+
+    def ssi(i: int, region: torch.Tensor) -> torch.Tensor:
+        one = slice(i, i + 1)
+        mask = target.valid[one] & region
+        return affine_invariant(output.disparity[one], target.disparity[one], mask, alignment="median", trim=None)[0]
+
+    inside = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    inside[:, 4:20, 6:30] = True
+    area = inside.float().mean()
+    labelled = (ssi(4, inside | True) + ssi(5, inside | True)) / 2
+    unlabelled = sum(area * ssi(i, inside) + (1 - area) * ssi(i, ~inside) for i in range(4)) / 4
+    cosine = torch.cosine_similarity(output.features[:4], target.features[:4], dim=1)
+    feature = torch.where(cosine > 0.85, 0.0, 1 - cosine).mean()
+    assert feature > 0
+    assert_close(found, (labelled + unlabelled + feature) / 3)
+
+
+# A non-finite gradient
+
+
+def broken(batch: dict) -> dict:
+    return batch | {"image": torch.full_like(batch["image"], torch.nan)}
+
+
+def test_a_step_with_a_non_finite_gradient_is_as_if_it_had_not_been():
+    good = [batch_of([False] * 4, seed=s) for s in range(3)]
+    clean, hurt = (TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan()) for _ in range(2))
+    fit(clean, good)
+    fit(hurt, [good[0], broken(good[0]), good[1], broken(good[1]), good[2]])
+    assert weights_hash(clean.model) == weights_hash(hurt.model)
+    assert weights_hash(clean.model) != weights_hash(model(1))
+
+
+def test_ten_non_finite_gradients_in_a_row_stop_the_run_with_the_weights_as_they_were():
+    good = batch_of([False] * 4)
+    task = TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan())
+    fit(task, [broken(good)] * 9 + [good] + [broken(good)] * 9)
+    trained = weights_hash(task.model)
+    task = TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan())
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        fit(task, [good] + [broken(good)] * 10 + [good])
+    assert weights_hash(task.model) == trained != weights_hash(model(1))
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_gradients_are_clipped_to_the_norm_of_the_plan(clip):
+    norms = []
+
+    class Watched(TeacherTask):
+        def optimizer_zero_grad(self, *args, **kwargs):
+            super().optimizer_zero_grad(*args, **kwargs)
+
+        def configure_gradient_clipping(self, *args, **kwargs):
+            before = torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])
+            super().configure_gradient_clipping(*args, **kwargs)
+            norms.append((before, torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+    fit(Watched(model=model(1), loss=loss_of("ssi"), plan=plan(clip_norm=clip)), [batch_of([False] * 4)])
+    before, after = norms[0]
+    assert before > 1e-2
+    assert_close(after, torch.tensor(clip) if clip else before, rtol=1e-3, atol=1e-7)
+
+
+# Schedule and cursor
+
+
+def test_the_rate_of_a_step_is_that_of_the_samples_seen_before_it():
+    rates = []
+
+    class Watched(TeacherTask):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    task = Watched(model=model(1), loss=loss_of("ssi"), plan=plan(schedule="linear"))
+    task.num_samples = 16
+    fit(task, [batch_of([False] * 4, seed=s) for s in range(4)])
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    assert task.samples_seen == 16
+    assert all(later < earlier for earlier, later in pairwise(rates))
+
+
+def test_the_cursor_is_in_the_checkpoint():
+    task = TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan())
+    task.samples_seen = 24
+    checkpoint: dict = {}
+    task.on_save_checkpoint(checkpoint)
+    other = TeacherTask(model=model(1), loss=loss_of("ssi"), plan=plan())
+    other.on_load_checkpoint(checkpoint)
+    assert other.samples_seen == 24

@@ -22,9 +22,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     photos = "photos, folders (searched recursively), glob patterns, or .txt lists of photos"
     parser.add_argument("photos", nargs="*", metavar="PHOTOS", help=photos)
     parser.add_argument("--img-path", nargs="+", default=[], metavar="PHOTOS", help="the same")
-    parser.add_argument(
-        "--checkpoint", type=Path, help=f"a {WEIGHTS} or a run folder; default: the newest run"
-    )
+    parser.add_argument("--checkpoint", type=Path, help=f"a {WEIGHTS} or a run folder; default: the newest run")
     parser.add_argument("--outdir", type=Path, default=Path("vis_depth"), help="default: vis_depth")
     parser.add_argument("--input-size", type=int, help="short side in pixels; default: the model's")
     parser.add_argument("--pred-only", action="store_true", help="the map without the photo")
@@ -32,9 +30,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save", default="", help=f"also raw maps: {','.join(SAVES)}")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument(
-        "--max-pixels", type=int, default=4_000_000, help="largest network input; default: 4000000"
-    )
+    parser.add_argument("--max-pixels", type=int, default=4_000_000, help="largest network input; default: 4000000")
     flags = parser.parse_args(arguments)
     flags.photos += flags.img_path
     flags.save = [name for name in flags.save.split(",") if name]
@@ -146,9 +142,7 @@ def write_all(flags: argparse.Namespace, outputs: dict[Path, PurePath]) -> Itera
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU that this torch can use; take --device cpu")
     model, _ = load_weights(flags.checkpoint)
-    predictor = Predictor(
-        model=model, device=device, precision=flags.precision, max_pixels=flags.max_pixels
-    )
+    predictor = Predictor(model=model, device=device, precision=flags.precision, max_pixels=flags.max_pixels)
     for path, name in outputs.items():
         if path.is_dir():
             yield "a folder without photos"
@@ -162,9 +156,7 @@ def write_all(flags: argparse.Namespace, outputs: dict[Path, PurePath]) -> Itera
         except torch.OutOfMemoryError:
             yield "out of memory; lower --input-size or take --device cpu"
             continue
-        picture = colorize(
-            depth.disparity, cmap="gray" if flags.grayscale else "Spectral_r", valid=depth.valid
-        )
+        picture = colorize(depth.disparity, cmap="gray" if flags.grayscale else "Spectral_r", valid=depth.valid)
         if not flags.pred_only:
             picture = side_by_side([photo, picture], gap=GAP_PX)
         target = flags.outdir / name

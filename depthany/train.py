@@ -1,12 +1,12 @@
 """python -m depthany.train: stage one trains a teacher on labelled images, stage two a student on its pseudo-labels.
 
-  python -m depthany.train stage=teacher
-  python -m depthany.train stage=student
-  python -m depthany.train stage=student recipe=v1 task.teacher_ckpt=runs/teacher-seed0
-  python -m depthany.train -m stage=teacher loss.gradient.weight=0,0.5,2     # a sweep
-  python -m depthany.train stage=teacher debug=smoke                        # two steps of everything
-  python -m depthany.train stage=student --help                             # every option of that stage
-  python -m depthany.train stage=teacher model=vitl data=embedded trainer=gpu trainer.devices=8
+python -m depthany.train stage=teacher
+python -m depthany.train stage=student
+python -m depthany.train stage=student recipe=v1 task.teacher_ckpt=runs/teacher-seed0
+python -m depthany.train -m stage=teacher loss.gradient.weight=0,0.5,2     # a sweep
+python -m depthany.train stage=teacher debug=smoke                        # two steps of everything
+python -m depthany.train stage=student --help                             # every option of that stage
+python -m depthany.train stage=teacher model=vitl data=embedded trainer=gpu trainer.devices=8
 """
 
 from omegaconf import DictConfig

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -23,11 +25,16 @@ RECORD = "record.json"
 WEIGHTS = "model.safetensors"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes beside the target and moves into place."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes beside the target and moves into place."""
+    write_text(path, json.dumps(content, indent=1, default=str))
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -55,6 +62,7 @@ def facts() -> dict[str, str]:
         "changed files": str(len(_git(package, "status", "--porcelain").splitlines())),
         "versions": ", ".join(f"{name} {version(name)}" for name in names),
         "device": device,
+        "command": shlex.join(["python", "-m", "depthany.train", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 

@@ -14,7 +14,9 @@ class Throughput(Callback):
         self._ended = self._wait = self._total = 0.0
         self._images = 0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Notes how long the batch was waited for."""
         now = time.perf_counter()
         if self._ended:

@@ -18,8 +18,8 @@ from depthany.config.check import ConfigError, check, plain, suggest
 from depthany.config.schema import arguments_of
 
 # Choices that do not change what is learnt do not name a run.
-UNNAMED: tuple[str, ...] = ("paths.", "hydra", "resume", "logger", "trainer.devices", "trainer.accelerator", "trainer.strategy")
-UNNAMED += ("data.num_workers", "data.progress", "callbacks.throughput", "trainer=", "trainer.max_time")
+UNNAMED: tuple[str, ...] = ("paths.", "hydra", "resume", "logger", "trainer=", "trainer.max_time")
+UNNAMED += ("trainer.devices", "trainer.accelerator", "trainer.strategy", "data.num_workers", "callbacks.throughput")
 
 
 def config_dir() -> Path:
@@ -120,8 +120,9 @@ def _every_combination(arguments: list[str]) -> Iterator[list[str]]:
     except OverrideParseException as error:
         raise ConfigError(_in_words("", arguments, error)) from error
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else
-        [o.input_line or ""]
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line or ""]
         for o in parsed
     ]
     yield from map(list, product(*choices))
@@ -133,8 +134,11 @@ def help_text(verb: str, about: str, overrides: list[str]) -> str:
         overrides = [*overrides, "stage=teacher"]
     cfg = plain(compose(verb, overrides))
     lines = [about.strip(), "", "Choices (group=option):"]
-    lines += [f"  {group:<12} {', '.join(options)}" for group, options in groups_of().items() if group in cfg
-              or group in ("experiment", "debug", "stage", "logger")]
+    lines += [
+        f"  {group:<12} {', '.join(options)}"
+        for group, options in groups_of().items()
+        if group in cfg or group in ("experiment", "debug", "stage", "logger")
+    ]
     lines += ["", f"Options (as composed for: {' '.join(overrides) or 'no overrides'}):"]
     for path, value, doc in _options(cfg, ""):
         line = f"  {path}={_shown(value)}"

@@ -71,9 +71,7 @@ class Augment:
         clean = crop(resize_image(sample["image"], (height, width), antialias=False))
         view: dict[str, Any] = {"clean": clean, "cutmix": self._box(rng)}
         if "disparity" in sample:
-            disparity, valid, _ = resize_label(
-                sample["disparity"], sample["valid"], sample["sky"], (height, width)
-            )
+            disparity, valid, _ = resize_label(sample["disparity"], sample["valid"], sample["sky"], (height, width))
             view |= {"disparity": crop(disparity), "valid": crop(valid)}
         view["image"] = self._distort(clean, rng)
         return view

@@ -48,9 +48,7 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image
         raise DecodeError("the file is empty")
     image = Image.open(BytesIO(data), formats=formats)
     if image.width * image.height > max_pixels:
-        raise DecodeError(
-            f"{image.width}x{image.height} pixels are more than the limit of {max_pixels}"
-        )
+        raise DecodeError(f"{image.width}x{image.height} pixels are more than the limit of {max_pixels}")
     return image
 
 
@@ -166,9 +164,7 @@ def _raw(data: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _read_npz(data: bytes, key: str | None) -> np.ndarray:
-    with zipfile.ZipFile(
-        BytesIO(data)
-    ) as archive:  # sizes first: a small archive may unfold to anything
+    with zipfile.ZipFile(BytesIO(data)) as archive:  # sizes first: a small archive may unfold to anything
         if sum(member.file_size for member in archive.infolist()) > 8 * MAX_PIXELS:
             raise DecodeError(f"unpacks to more than {8 * MAX_PIXELS} bytes")
     with np.load(BytesIO(data), allow_pickle=False) as arrays:
@@ -227,9 +223,7 @@ _READERS: dict[str, Callable[[bytes, str | None, str | None], np.ndarray]] = {
 }
 
 
-def decode_depth(
-    data: bytes, suffix: str, *, channel: str | None = None, key: str | None = None
-) -> np.ndarray:
+def decode_depth(data: bytes, suffix: str, *, channel: str | None = None, key: str | None = None) -> np.ndarray:
     """The map in an encoded file, (h, w), in the stored type and unit, top row first.
 
     PNG (8 or 16 bits), TIFF, PGM, PFM, NPY, NPZ, EXR and HDF5, by suffix. Invalid codes are left

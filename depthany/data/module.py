@@ -136,13 +136,9 @@ class EvalDataset(Dataset[dict[str, Any]]):
         limit: images per source; None: all.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], *, size: int, multiple: int, limit: int | None
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], *, size: int, multiple: int, limit: int | None) -> None:
         self.size, self.multiple = size, multiple
-        self.spots = [
-            (source, i) for source in sources for i in range(min(len(source), limit or len(source)))
-        ]
+        self.spots = [(source, i) for source in sources for i in range(min(len(source), limit or len(source)))]
 
     def __len__(self) -> int:
         return len(self.spots)
@@ -180,6 +176,11 @@ def start_worker(_: int) -> None:
     cv2.setNumThreads(1)
 
 
+def _present(sources: Mapping[str, Source | None]) -> dict[str, Source]:
+    """Without the sources that a config sets to null."""
+    return {name: source for name, source in sources.items() if source is not None}
+
+
 class DepthData(pl.LightningDataModule):
     """Sources, mix and order as loaders.
 
@@ -204,9 +205,9 @@ class DepthData(pl.LightningDataModule):
         self,
         *,
         name: str,
-        sources: Mapping[str, Source],
-        unlabelled: Mapping[str, Source],
-        validation: Mapping[str, Source],
+        sources: Mapping[str, Source | None],
+        unlabelled: Mapping[str, Source | None],
+        validation: Mapping[str, Source | None],
         max_depth: Mapping[str, float | None],
         num_workers: int,
         window: int,
@@ -219,7 +220,8 @@ class DepthData(pl.LightningDataModule):
         online: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.sources, self.unlabelled, self.validation = name, dict(sources), dict(unlabelled), validation
+        self.name = name
+        self.sources, self.unlabelled, self.validation = _present(sources), _present(unlabelled), _present(validation)
         self.max_depth, self.num_workers, self.window, self.limit = max_depth, num_workers, window, limit
         self.skip_limit, self.mix, self.augment = skip_limit, mix, augment or {}
         self.batch_size, self.seed, self.online = batch_size, seed, online

@@ -75,9 +75,7 @@ class EpochOrder:
         return int(chunk[offset]), int(index[offset])
 
 
-def global_batch(
-    *, cursor: int, total: int, size: int, labelled: int, unlabelled: int
-) -> list[tuple[str, int]]:
+def global_batch(*, cursor: int, total: int, size: int, labelled: int, unlabelled: int) -> list[tuple[str, int]]:
     """The (part, position) pairs of the step that starts when `cursor` samples of the epoch are used.
 
     The epoch counts unlabelled samples where there are any, labelled ones otherwise. A batch keeps the ratio

@@ -24,7 +24,7 @@ Xyz = Sequence[Any]  # three coordinates, each an Array (N,) or a number
 
 TEXTURES = ("flat", "checker", "stripes", "waves", "noise", "bricks", "marble")
 NOISE_CELLS = 64  # side of the periodic value-noise lattice
-GENERATOR = 1  # raised with every change that alters a picture: packed sets carry it
+GENERATOR = 2  # raised with every change that alters a picture: packed sets carry it
 CLEARANCE_M = 0.5  # no body is nearer to the camera than this, measured on the floor plan
 
 
@@ -98,8 +98,8 @@ _LOOKS: dict[str, _Look] = {
         num_backdrops=(1, 5),
         object_size_m=(0.35, 1.6),
         textures=("checker", "stripes", "waves", "noise", "noise", "bricks", "marble"),
-        saturation=(0.05, 0.55),
-        value=(0.25, 0.95),
+        saturation=(0.15, 0.65),
+        value=(0.35, 1.0),
         ambient=(0.15, 0.45),
         light=(0.6, 1.3),
         light_tint=0.5,
@@ -239,9 +239,7 @@ def _buildings(rng: np.random.Generator, camera: dict[str, float], count: int) -
     return bodies
 
 
-def _thing(
-    rng: np.random.Generator, x: float, z: float, size_m: float, indoor: bool
-) -> list[Primitive]:
+def _thing(rng: np.random.Generator, x: float, z: float, size_m: float, indoor: bool) -> list[Primitive]:
     """One object of about `size_m` that stands on the floor at (x, z)."""
     s = 0.5 * size_m
     yaw = rng.uniform(-pi, pi)
@@ -364,9 +362,7 @@ def _span(body: Primitive, origin: Xyz, ray: Xyz) -> tuple[Array, Array]:
 
 def _slab(origin: Array | float, ray: Array, half: float) -> tuple[Array, Array]:
     """Ray parameters between the planes -half and +half."""
-    inverse = 1 / (
-        ray + np.float32(1e-9)
-    )  # a ray along the slab: a large number in place of infinity
+    inverse = 1 / (ray + np.float32(1e-9))  # a ray along the slab: a large number in place of infinity
     middle = -origin * inverse
     reach = np.abs(inverse) * np.float32(half)
     return middle - reach, middle + reach
@@ -405,9 +401,7 @@ def _shade(
     t = depth[hit]
     point = (t * dx, camera["height_m"] + t * dy, t * dz)
     normal, u, v, material = _surface(bodies, point, body[hit])
-    slant = np.abs(normal[0] * dx + normal[1] * dy + normal[2] * dz) / np.sqrt(
-        dx * dx + dy * dy + dz * dz
-    )
+    slant = np.abs(normal[0] * dx + normal[1] * dy + normal[2] * dz) / np.sqrt(dx * dx + dy * dy + dz * dz)
     width = 2 * tan(radians(camera["fov_deg"] / 2))
     pixel_m = t * np.float32(width / np.sqrt(depth.size))
     footprint_m = pixel_m / np.maximum(np.sqrt(slant), 0.05)
@@ -429,9 +423,7 @@ def _shade(
         target = to_light if lamp is None else [to[lit] for to in to_light]
         facing[lit[_blocked(bodies[1:], start, target, lamp is not None)]] = 0
     above = 0.8 + 0.2 * normal[1]
-    color[hit] = albedo * (
-        above[:, None] * ambient.astype(np.float32) + (strength * facing)[:, None] * tint
-    )
+    color[hit] = albedo * (above[:, None] * ambient.astype(np.float32) + (strength * facing)[:, None] * tint)
     open_sky = np.flatnonzero(body < 0)
     sky_ray = tuple(component[open_sky] for component in ray)
     color[open_sky] = _sky(sky_ray, sky_colors, clouds, lattice)
@@ -514,14 +506,10 @@ def _materials(rng: np.random.Generator, look: _Look, bodies: Sequence[Primitive
         saturation[1:3] *= 0.5
     angle = rng.choice([0.0, np.pi / 2, np.pi / 4, 0.3], m)
     angle[texture == TEXTURES.index("bricks")] = 0
-    return _Materials(
-        texture, _hsv(hue, saturation, value), per_m.astype(np.float32), angle.astype(np.float32)
-    )
+    return _Materials(texture, _hsv(hue, saturation, value), per_m.astype(np.float32), angle.astype(np.float32))
 
 
-def _hsv(
-    hue: NDArray[np.float64], saturation: NDArray[np.float64], value: NDArray[np.float64]
-) -> Array:
+def _hsv(hue: NDArray[np.float64], saturation: NDArray[np.float64], value: NDArray[np.float64]) -> Array:
     """RGB (..., 3) of hue (turns), saturation and value (0..1), each (...)."""
     phase = (6 * hue[..., None] + np.array([0.0, 4.0, 2.0])) % 6
     pure = np.clip(np.abs(phase - 3) - 1, 0, 1)
@@ -626,9 +614,7 @@ def _sky_colors(rng: np.random.Generator, look: _Look) -> Array:
         ((0.04, 0.06, 0.14), (0.2, 0.2, 0.28), (0.12, 0.13, 0.2)),
         ((0.25, 0.4, 0.62), (0.62, 0.7, 0.74), (0.85, 0.84, 0.8)),
     )
-    return np.array(palettes[rng.integers(len(palettes))], np.float32) * np.float32(
-        rng.uniform(0.7, 1.1)
-    )
+    return np.array(palettes[rng.integers(len(palettes))], np.float32) * np.float32(rng.uniform(0.7, 1.1))
 
 
 def _sky(ray: Sequence[Array], colors: Array, clouds: bool, lattice: Array) -> Array:
@@ -638,9 +624,7 @@ def _sky(ray: Sequence[Array], colors: Array, clouds: bool, lattice: Array) -> A
     color = colors[1] + np.sqrt(up)[:, None] * (colors[0] - colors[1])
     if clouds:
         away = 2.5 / (up + 0.15)
-        cover = np.clip(4 * _octaves(away * x, away * z, lattice, 3) - 2, 0, 1) * np.clip(
-            6 * up, 0, 1
-        )
+        cover = np.clip(4 * _octaves(away * x, away * z, lattice, 3) - 2, 0, 1) * np.clip(6 * up, 0, 1)
         color += cover[:, None] * (colors[2] - color)
     return color
 

@@ -51,8 +51,7 @@ def resize_label(
     if size == disparity.shape:
         return disparity, valid, sky
     rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new)
-        for new, old in zip(size, disparity.shape, strict=True)
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, disparity.shape, strict=True)
     )
 
     pick = np.ix_(rows, columns)

@@ -70,8 +70,7 @@ class DepthMap:
         points, depths_m = np.asarray(points), np.asarray(depths_m, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 2 or depths_m.shape != points.shape[:1]:
             raise ValueError(
-                f"points must be (N, 2) row and column, depths_m (N,); "
-                f"got {points.shape} and {depths_m.shape}"
+                f"points must be (N, 2) row and column, depths_m (N,); got {points.shape} and {depths_m.shape}"
             )
         if len(points) < 2:
             raise ValueError("scale and shift need at least 2 points")

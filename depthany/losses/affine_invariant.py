@@ -21,9 +21,7 @@ EPS = 1e-6  # floor of a spread; the papers name none, MiDaS' public loss clamps
 def check_alignment(alignment: str, *, option: str) -> None:
     """Raise ValueError, naming the option, for anything that is not an `Alignment`."""
     if alignment not in get_args(Alignment):
-        raise ValueError(
-            f"{option} is {alignment!r}: choose one of {', '.join(get_args(Alignment))}"
-        )
+        raise ValueError(f"{option} is {alignment!r}: choose one of {', '.join(get_args(Alignment))}")
 
 
 def normalise_median_mad(disparity: Tensor, valid: Tensor, eps: float = EPS) -> Tensor:
@@ -37,9 +35,7 @@ def normalise_median_mad(disparity: Tensor, valid: Tensor, eps: float = EPS) -> 
     return centred / to_map(spread, centred)
 
 
-def aligned(
-    pred: Tensor, target: Tensor, valid: Tensor, alignment: Alignment
-) -> tuple[Tensor, Tensor]:
+def aligned(pred: Tensor, target: Tensor, valid: Tensor, alignment: Alignment) -> tuple[Tensor, Tensor]:
     """The prediction brought to the normalised target, and that target: two maps (B, H, W).
 
     The target is always normalised by median and MAD. "median" does the same to the prediction (V1,
@@ -62,9 +58,7 @@ def aligned(
     return to_map(scale, pred) * centred + to_map(m.mean_target, pred), target
 
 
-def kept_mask(
-    pred: Tensor, target: Tensor, valid: Tensor, alignment: Alignment, fraction: float | Tensor
-) -> Tensor:
+def kept_mask(pred: Tensor, target: Tensor, valid: Tensor, alignment: Alignment, fraction: float | Tensor) -> Tensor:
     """Valid pixels left without the `fraction` (number or (B,)) of largest residuals, (B, H, W)."""
     with torch.no_grad():
         pred, target = aligned(pred, target, valid, alignment)
@@ -120,6 +114,4 @@ class AffineInvariant(Term):
         share = None
         if self.trim or self.drop:
             share = target.pseudo * self.drop + ~target.pseudo * self.trim
-        return affine_invariant(
-            output.disparity, target.disparity, target.valid, alignment=self.alignment, trim=share
-        )
+        return affine_invariant(output.disparity, target.disparity, target.valid, alignment=self.alignment, trim=share)

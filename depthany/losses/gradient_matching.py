@@ -11,9 +11,7 @@ from depthany.losses.term import Term
 from depthany.types import DepthOutput, Target
 
 
-def gradient_matching(
-    pred: Tensor, target: Tensor, valid: Tensor, *, num_scales: int, alignment: Alignment
-) -> Tensor:
+def gradient_matching(pred: Tensor, target: Tensor, valid: Tensor, *, num_scales: int, alignment: Alignment) -> Tensor:
     """Sum over scales of the mean absolute gradient of the residual, (B, H, W) x 3 -> (B,).
 
     Scale k keeps every 2^k-th row and column, without a blur; a pair of neighbours counts where

@@ -18,9 +18,7 @@ def full_precision(x: Tensor) -> Tensor:
 class Term(nn.Module, ABC):
     """A loss term: one unweighted value per image, and the weight that only the sum applies."""
 
-    per_pixel: ClassVar[bool] = (
-        True  # False: the term ignores `valid` and is computed once under CutMix
-    )
+    per_pixel: ClassVar[bool] = True  # False: the term ignores `valid` and is computed once under CutMix
 
     def __init__(self, *, weight: float) -> None:
         """Weight 0 takes the term out of the sum: it is not computed."""

@@ -28,9 +28,7 @@ class WeightedSum(nn.Module):
         super().__init__()
         active = {name: term for name, term in terms.items() if term is not None and term.weight}
         if not active:
-            raise ValueError(
-                f"loss: all of {', '.join(terms) or 'nothing'} is off: give a weight above 0"
-            )
+            raise ValueError(f"loss: all of {', '.join(terms) or 'nothing'} is off: give a weight above 0")
         self.terms = nn.ModuleDict(active)
 
     def forward(
@@ -53,8 +51,7 @@ class WeightedSum(nn.Module):
                 continue
             parts[name] = torch.stack(
                 [
-                    region.float().mean((1, 2))
-                    * term(output, target._replace(valid=target.valid & region))
+                    region.float().mean((1, 2)) * term(output, target._replace(valid=target.valid & region))
                     for region in regions
                 ]
             ).sum(0)

@@ -81,9 +81,7 @@ class DepthModel(nn.Module):
             activation=activation,
         )
         if input_size <= 0 or input_size % self.patch_size:
-            raise ValueError(
-                f"input_size={input_size} is no multiple of the patch size {self.patch_size}"
-            )
+            raise ValueError(f"input_size={input_size} is no multiple of the patch size {self.patch_size}")
 
     @property
     def patch_size(self) -> int:
@@ -104,9 +102,7 @@ class DepthModel(nn.Module):
             ValueError: a side that is no multiple of the patch size.
         """
         taps = self.pretrained(image)
-        return DepthOutput(
-            disparity=self.depth_head(taps, tuple(image.shape[-2:])), features=taps[-1]
-        )
+        return DepthOutput(disparity=self.depth_head(taps, tuple(image.shape[-2:])), features=taps[-1])
 
     def forward(self, image: Tensor) -> Tensor:
         """Disparity (B, H, W), affine-invariant, >= 0, of a normalised image (B, 3, H, W)."""

@@ -45,8 +45,7 @@ class DPTHead(nn.Module):
             raise ValueError(f"activation={activation!r}: choose one of {list(ACTIVATIONS)}")
         if len(out_channels) != 4 or features % 2:
             raise ValueError(
-                f"features={features}, out_channels={list(out_channels)}: "
-                "features must be even and out_channels four"
+                f"features={features}, out_channels={list(out_channels)}: features must be even and out_channels four"
             )
         self.activation = activation
         self.projects = nn.ModuleList(nn.Conv2d(in_channels, c, 1) for c in out_channels)
@@ -73,9 +72,7 @@ class DPTHead(nn.Module):
             with torch.no_grad():
                 last.weight.abs_()
                 last.bias.fill_(0.1)
-        self.scratch["output_conv2"] = nn.Sequential(
-            nn.Conv2d(features // 2, hidden, 3, padding=1), nn.ReLU(), last
-        )
+        self.scratch["output_conv2"] = nn.Sequential(nn.Conv2d(features // 2, hidden, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, taps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Disparity, affine-invariant, >= 0, larger is nearer.
@@ -88,9 +85,7 @@ class DPTHead(nn.Module):
             (B, H, W), in the dtype of the head's weights, also under autocast.
         """
         layers = [
-            self.scratch[f"layer{level}_rn"](
-                resize(project(tap))
-            )  # (B, C, h, w) -> (B, F, ~ 8h / 2^level, ...)
+            self.scratch[f"layer{level}_rn"](resize(project(tap)))  # (B, C, h, w) -> (B, F, ~ 8h / 2^level, ...)
             for level, (tap, project, resize) in enumerate(
                 zip(taps, self.projects, self.resize_layers, strict=True), start=1
             )
@@ -99,17 +94,13 @@ class DPTHead(nn.Module):
         x = self.scratch["refinenet4"](layers[3], None, size=three)
         x = self.scratch["refinenet3"](x, layers[2], size=two)
         x = self.scratch["refinenet2"](x, layers[1], size=one)
-        x = self.scratch["refinenet1"](
-            x, layers[0], size=(2 * one[0], 2 * one[1])
-        )  # (B, F, 8h, 8w)
+        x = self.scratch["refinenet1"](x, layers[0], size=(2 * one[0], 2 * one[1]))  # (B, F, 8h, 8w)
         x = _resize(self.scratch["output_conv1"](x), size)  # (B, F / 2, H, W)
         conv, relu, last = self.scratch["output_conv2"]
         x = relu(conv(x))  # (B, hidden, H, W)
         # bfloat16 would leave 8 bits to the map that labels and gradients are made of.
         with torch.autocast(x.device.type, enabled=False):
-            return ACTIVATIONS[self.activation](last(x.to(last.weight.dtype))).squeeze(
-                1
-            )  # (B, 1, H, W) -> (B, H, W)
+            return ACTIVATIONS[self.activation](last(x.to(last.weight.dtype))).squeeze(1)  # (B, 1, H, W) -> (B, H, W)
 
 
 class FusionBlock(nn.Module):

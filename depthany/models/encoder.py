@@ -20,9 +20,7 @@ from torch.nn import functional as F
 # What `arguments` may set. Weight files carry them, so none may name a file, an address or a class.
 ARGUMENTS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"}
 ARGUMENTS |= {"init_values", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"}
-UNUSED = frozenset(
-    {"mask_token", "head.weight", "head.bias"}
-)  # in public encoder files, never run here
+UNUSED = frozenset({"mask_token", "head.weight", "head.bias"})  # in public encoder files, never run here
 FILES = ("model.safetensors", "pytorch_model.bin")  # of a model folder, by preference
 
 
@@ -79,9 +77,7 @@ class Encoder(nn.Module):
         self.norm = vit.norm
         if isinstance(pretrained, str):
             state = rename_swiglu(read_state(pretrained))
-            load_strictly(
-                self, {k: v for k, v in state.items() if k not in UNUSED}, source=pretrained
-            )
+            load_strictly(self, {k: v for k, v in state.items() if k not in UNUSED}, source=pretrained)
 
     @property
     def patch_size(self) -> int:
@@ -133,9 +129,7 @@ class Encoder(nn.Module):
         # interpolate_pos_encoding of the official dinov2.py. Without the 0.1 some grids come out
         # one too small; with it the sampling positions shift, so the published weights need it.
         patches = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, grid)  # (1, C, *grid)
-        patches = F.interpolate(
-            patches, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic"
-        )
+        patches = F.interpolate(patches, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic")
         patches = patches.flatten(2).transpose(1, 2)  # (1, C, h, w) -> (1, N, C)
         return torch.cat([self.pos_embed[:, :1], patches.to(self.pos_embed.dtype)], dim=1)
 
@@ -143,20 +137,14 @@ class Encoder(nn.Module):
 def _build(name: str, arguments: Mapping[str, Any], *, hub: bool) -> VisionTransformer:
     """A timm ViT without a classifier; says in words what does not fit."""
     if not timm.is_model(name):
-        raise ValueError(
-            f"encoder {name!r} is no model of timm {timm.__version__}; timm.list_models('vit_*')"
-        )
+        raise ValueError(f"encoder {name!r} is no model of timm {timm.__version__}; timm.list_models('vit_*')")
     if unknown := sorted(set(arguments) - ARGUMENTS):
         raise ValueError(f"encoder arguments {unknown} are not known; known: {sorted(ARGUMENTS)}")
     try:
-        vit = timm.create_model(
-            name, pretrained=hub, num_classes=0, global_pool="", dynamic_img_size=True, **arguments
-        )
+        vit = timm.create_model(name, pretrained=hub, num_classes=0, global_pool="", dynamic_img_size=True, **arguments)
     except (OSError, RuntimeError, TypeError, AssertionError) as err:
         if not hub:
-            raise ValueError(
-                f"encoder {name!r} with {dict(arguments)} cannot be built: {err}"
-            ) from err
+            raise ValueError(f"encoder {name!r} with {dict(arguments)} cannot be built: {err}") from err
         raise ValueError(
             f"the public weights of {name!r} could not be fetched ({err}). Either connect once, "
             "so that the hub's cache holds them, or download them elsewhere and set pretrained to "
@@ -191,15 +179,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, EOFError, RuntimeError, KeyError) as err:
-        raise ValueError(
-            f"{file} is no plain weight file (.safetensors, or .pth with tensors only): {err}"
-        ) from err
+        raise ValueError(f"{file} is no plain weight file (.safetensors, or .pth with tensors only): {err}") from err
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} holds no state dict (names -> tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -211,9 +195,7 @@ def _file_in(folder: Path) -> Path:
             return folder / name
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth"))
     if len(files) != 1:
-        raise ValueError(
-            f"folder {folder} holds {len(files)} weight files {[p.name for p in files]}: name one"
-        )
+        raise ValueError(f"folder {folder} holds {len(files)} weight files {[p.name for p in files]}: name one")
     return files[0]
 
 
@@ -223,15 +205,10 @@ def rename_swiglu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Both compute `fc2(silu(a) * b)` with `a, b` the first and second half of `fc1`'s rows (DINOv2
     layers/swiglu_ffn.py; timm `SwiGLUPacked`, gate_last=False), so no rows move.
     """
-    return {
-        k.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v
-        for k, v in state.items()
-    }
+    return {k.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for k, v in state.items()}
 
 
-def load_strictly(
-    module: nn.Module, state: Mapping[str, Tensor], *, source: str, assign: bool = False
-) -> None:
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], *, source: str, assign: bool = False) -> None:
     """Fills a module from a state dict with exactly its keys and shapes.
 
     Args:
@@ -254,8 +231,6 @@ def load_strictly(
         ],
     }
     if any(problems.values()):
-        words = "; ".join(
-            f"{what} ({len(keys)}): {', '.join(keys)}" for what, keys in problems.items() if keys
-        )
+        words = "; ".join(f"{what} ({len(keys)}): {', '.join(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"{source} does not fit this {type(module).__name__}: {words}")
     module.load_state_dict(state, assign=assign)

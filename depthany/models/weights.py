@@ -22,9 +22,7 @@ UNUSED = (
 )  # official, never run
 
 
-def _official(
-    encoder: str, taps: tuple[int, ...], features: int, out_channels: tuple[int, ...]
-) -> dict[str, Any]:
+def _official(encoder: str, taps: tuple[int, ...], features: int, out_channels: tuple[int, ...]) -> dict[str, Any]:
     return {
         "encoder": encoder,
         "taps": taps,
@@ -88,9 +86,7 @@ def save_weights(model: DepthModel, path: str | Path, *, metadata: Mapping[str, 
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors; change the name's ending")
     if CONFIG_KEY in metadata:
-        raise ValueError(
-            f"metadata key {CONFIG_KEY!r} is reserved for the model's constructor arguments"
-        )
+        raise ValueError(f"metadata key {CONFIG_KEY!r} is reserved for the model's constructor arguments")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -116,8 +112,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as err:
         raise ValueError(
-            f"{path} is not a .safetensors file ({err}); "
-            "a .pth has to be converted first (from_official)"
+            f"{path} is not a .safetensors file ({err}); a .pth has to be converted first (from_official)"
         ) from err
 
 

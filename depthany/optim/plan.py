@@ -46,13 +46,11 @@ class OptimPlan:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}: give a finite number, 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optim.warmup is {self.warmup}: give a share of all samples in [0, 1)")
-        for name in ("batch_size", "teacher_epochs"):
+        for name in ("batch_size", "teacher_epochs", "student_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}: give 1 or more")
 
-    def optimizer(
-        self, encoder: Iterable[nn.Parameter], head: Iterable[nn.Parameter]
-    ) -> torch.optim.AdamW:
+    def optimizer(self, encoder: Iterable[nn.Parameter], head: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         """AdamW with up to four groups: encoder and head, with and without weight decay (vectors have none)."""
         groups = []
         for parameters, rate in ((list(encoder), self.encoder_lr), (list(head), self.head_lr)):

@@ -130,17 +130,14 @@ class Page:
         lines = []
         for index, row in enumerate(rows):
             cells = [
-                f"<b>{format_value(row.get(key))}</b>"
-                if (index, key) in bold
-                else format_value(row.get(key))
+                f"<b>{format_value(row.get(key))}</b>" if (index, key) in bold else format_value(row.get(key))
                 for key in columns
             ]
             paired = zip(columns, cells, strict=True)
             line = "".join(f"<td{side[key]}>{c}</td>" for key, c in paired)
             lines.append(f'<tr class="quiet">{line}' if index in quiet else f"<tr>{line}")
         self.parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</thead>'
-            f"<tbody>{''.join(lines)}</tbody></table></div>"
+            f'<div class="scroll"><table><thead><tr>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
         )
 
     def key_values(self, facts: Mapping[str, Any]) -> None:
@@ -159,9 +156,7 @@ class Page:
 
     def details(self, summary: str, text: str) -> None:
         """Adds preformatted text behind a fold."""
-        self.parts.append(
-            f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
-        )
+        self.parts.append(f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>")
 
     def footer(self, text: str, code: str) -> None:
         """Adds a closing line: a text and a command."""
@@ -221,9 +216,7 @@ def figure(image: np.ndarray, caption: str, *, max_side_px: int) -> str:
     )
 
 
-def line_chart(
-    title: str, lines: Sequence[Line], *, y_label: str = "", x_label: str = "optimizer step"
-) -> str:
+def line_chart(title: str, lines: Sequence[Line], *, y_label: str = "", x_label: str = "optimizer step") -> str:
     """A chart with linear axes as inline SVG; empty without a finite point."""
     segments = [(line, _segments(_thin(line))) for line in lines]
     points = [point for _, parts in segments for part in parts for point in part]
@@ -252,13 +245,10 @@ def line_chart(
         y = CHART_HEIGHT - BOTTOM + 17
         drawing.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{label}</text>')
     middle = (LEFT + CHART_WIDTH - RIGHT) // 2
-    drawing.append(
-        f'<text x="{middle}" y="{CHART_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    drawing.append(f'<text x="{middle}" y="{CHART_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     middle = (TOP + CHART_HEIGHT - BOTTOM) // 2
     drawing.append(
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     names = list(dict.fromkeys(line.name for line in lines))
     colors = {name: f"var(--c{index % 6})" for index, name in enumerate(names)}
@@ -276,9 +266,7 @@ def line_chart(
                 for x, y in part
                 for px, py in [place(x, y)]
             ]
-    entries = "".join(
-        f'<span><i style="background:{colors[name]}"></i>{escape(name)}</span>' for name in names
-    )
+    entries = "".join(f'<span><i style="background:{colors[name]}"></i>{escape(name)}</span>' for name in names)
     legend = f'<div class="legend">{entries}</div>' if len(names) > 1 else ""
     return (
         f"<figure><h3>{escape(title)}</h3>{legend}"

@@ -112,10 +112,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
                 value = _number(cell)
                 if value is not None and name not in (None, "step", "epoch"):
                     columns.setdefault(name, {})[step] = value
-    return {
-        name: (sorted(values), [values[step] for step in sorted(values)])
-        for name, values in columns.items()
-    }
+    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in columns.items()}
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -252,9 +249,7 @@ def _add_curves(page: Page, metrics: Mapping[str, Series]) -> None:
             validation.setdefault(metric, []).append(Line(source or "all", *series))
     if validation:
         titles = {metric: METRICS.get(metric, (metric,))[0] for metric in validation}
-        page.charts(
-            [line_chart(titles[m], lines, y_label=titles[m]) for m, lines in validation.items()]
-        )
+        page.charts([line_chart(titles[m], lines, y_label=titles[m]) for m, lines in validation.items()])
     else:
         page.paragraph("No validation was logged.", style="note")
 

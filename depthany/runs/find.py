@@ -10,7 +10,9 @@ from depthany.inference.predictor import Predictor
 from depthany.models.weights import load_weights, weights_hash
 
 
-def find_weights(spec: str, runs: Path, *, stage: str | None, data: str | None = None, debug: str | None = None) -> Path:
+def find_weights(
+    spec: str, runs: Path, *, stage: str | None, data: str | None = None, debug: str | None = None
+) -> Path:
     """The weights file that `spec` names: a file, a run folder, or last.
 
     Args:
@@ -36,7 +38,11 @@ def find_weights(spec: str, runs: Path, *, stage: str | None, data: str | None =
             f"no finished {what} under {runs}: run `python -m depthany.train stage={stage or 'teacher'}` first, set "
             f"paths.runs to where it is, or name its weights (task.teacher_ckpt=, teacher= or checkpoint=)"
         )
-    like = {run: (record.get("data") == data) + (record.get("debug") == debug) for run in found if (record := read_record(run))}
+    like = {
+        run: (record.get("data") == data) + (record.get("debug") == debug)
+        for run in found
+        if (record := read_record(run))
+    }
     return max(like, key=lambda run: like[run]) / WEIGHTS  # the first, which is the last finished, among the most alike
 
 

@@ -6,6 +6,9 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from depthany.callbacks.record import WEIGHTS, MetricsCsv, SkipLog, facts, read_record, write_json
+from depthany.callbacks.record import WEIGHTS, MetricsCsv, SkipLog, facts, read_record, write_json, write_text
 from depthany.callbacks.throughput import progress_bar
 from depthany.config.build import build, choice, is_sweep
 from depthany.config.check import ConfigError, plain
@@ -72,7 +75,9 @@ class Stage:
             raise ConfigError("-m runs its jobs in one process: use trainer.devices=1, or a loop of single runs")
         if cfg.resume == "never":
             if self.main and (run_dir / "config.yaml").exists() and "LOCAL_RANK" not in os.environ:
-                aside = next(p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}~{n}")).exists())
+                aside = next(
+                    p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}~{n}")).exists()
+                )
                 run_dir.rename(aside)
                 run_dir.mkdir()
                 self.say(f"the run that was here is kept as {aside}")
@@ -102,7 +107,7 @@ class Stage:
         torch.set_float32_matmul_precision("high")
         if self.main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+            write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.plan = build(cfg.optim)
         self.mix = build(cfg.mix)
         self.labels = build(cfg.labels)
@@ -116,10 +121,11 @@ class Stage:
             online=self.labels.mode == "online",
         )
         self.say(f"run folder: {self.run_dir}")
-        if self.main:
-            self.data.prepare_data()
-        self.facts: dict[str, Any] = facts() if self.main else {}
-        self.teacher = self._teacher() if self.name == "student" else None
+        with main_first(main=self.main):
+            if self.main:
+                self.data.prepare_data()
+            self.facts: dict[str, Any] = facts() if self.main else {}
+            self.teacher = self._teacher() if self.name == "student" else None
         model = build(cfg.model)
         loss = WeightedSum(terms=build(cfg.loss))
         extra: dict[str, Any] = {}
@@ -204,7 +210,9 @@ class Stage:
             return
         trained = self.task.samples_seen >= self.data.num_samples or self.cfg.trainer.max_steps >= 0
         if not trained:
-            raise SystemExit(f"stopped at {self.task.samples_seen} of {self.data.num_samples} images; the same command goes on")
+            raise SystemExit(
+                f"stopped at {self.task.samples_seen} of {self.data.num_samples} images; the same command goes on"
+            )
         self.seconds = time.monotonic() - self.began
         self.facts |= {
             "stage": self.name,
@@ -295,6 +303,28 @@ class Stage:
             ]
             panels.append(Panel(title=batch["key"][0], images=images))
         return panels
+
+
+@contextmanager
+def main_first(*, main: bool) -> Iterator[None]:
+    """Under torchrun every rank starts at once: the others wait until rank 0 has packed and labelled, however long.
+
+    Lightning's own launcher starts the other ranks only when rank 0 begins to fit.
+    """
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")  # Lightning takes it over
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if not main:
+        store.wait(["depthany prepared"], timedelta(days=7))
+    yield
+    if main:
+        store.set("depthany prepared", "yes")
 
 
 def _learnt(cfg: dict[str, Any]) -> dict[str, Any]:

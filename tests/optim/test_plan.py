@@ -7,17 +7,8 @@ from torch import nn
 from depthany.models.depth_model import DepthModel
 from depthany.optim.plan import OptimPlan
 
-SETTINGS = {
-    "encoder_lr": 1e-3,
-    "head_lr": 1e-2,
-    "weight_decay": 0.1,
-    "betas": [0.9, 0.999],
-    "warmup": 0.1,
-    "schedule": "linear",
-    "clip_norm": 1.0,
-    "batch_size": 8,
-    "teacher_epochs": 2,
-}
+SETTINGS = {"encoder_lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.999], "warmup": 0.1}
+SETTINGS |= {"schedule": "linear", "clip_norm": 1.0, "batch_size": 8, "teacher_epochs": 2, "student_epochs": 1}
 PROGRESS = [i / 200 for i in range(201)]
 
 
@@ -141,7 +132,16 @@ def test_a_step_at_rate_0_moves_nothing():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("warmup", -0.1), ("warmup", 1.0), ("clip_norm", -1.0), ("batch_size", 0), ("encoder_lr", -1.0), ("head_lr", -1.0)],
+    [
+        ("warmup", -0.1),
+        ("warmup", 1.0),
+        ("clip_norm", -1.0),
+        ("encoder_lr", -1.0),
+        ("head_lr", float("nan")),
+        ("batch_size", 0),
+        ("teacher_epochs", 0),
+        ("student_epochs", -1),
+    ],
 )
 def test_a_setting_that_cannot_be_meant_is_refused_by_name(option, value):
     with pytest.raises(ValueError, match=f"optim.{option}"):

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 from depthany.callbacks.checkpoint import AtomicCheckpointIO
 from depthany.callbacks.ema import Ema
@@ -57,7 +58,7 @@ def model(seed: int = 0) -> DepthModel:
 
 def plan(**changes) -> OptimPlan:
     settings = {"encoder_lr": 1e-2, "head_lr": 1e-2, "weight_decay": 0.01, "betas": [0.9, 0.999], "warmup": 0.0}
-    settings |= {"schedule": "constant", "clip_norm": 1.0, "batch_size": 4, "teacher_epochs": 1}
+    settings |= {"schedule": "constant", "clip_norm": 1.0, "batch_size": 4, "teacher_epochs": 1, "student_epochs": 1}
     return OptimPlan(**settings | changes)
 
 
@@ -111,7 +112,7 @@ def fit(task, batches: list[dict], *callbacks, **trainer) -> pl.Trainer:
     settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     settings |= {"enable_model_summary": False, "max_epochs": 1, "plugins": [AtomicCheckpointIO()]}
     trainer = pl.Trainer(**settings | trainer, callbacks=list(callbacks))
-    trainer.fit(task, [dict(batch) for batch in batches])
+    trainer.fit(task, DataLoader(batches, batch_size=None))
     return trainer
 
 
@@ -443,9 +444,6 @@ def test_gradients_are_clipped_to_the_norm_of_the_plan(clip):
     norms = []
 
     class Watched(TeacherTask):
-        def optimizer_zero_grad(self, *args, **kwargs):
-            super().optimizer_zero_grad(*args, **kwargs)
-
         def configure_gradient_clipping(self, *args, **kwargs):
             before = torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])
             super().configure_gradient_clipping(*args, **kwargs)

@@ -104,13 +104,8 @@ class IndexCsv:
             columns = reader.fieldnames or ()
             missing = [column for column in REQUIRED if column not in columns]
             if missing:
-                raise ValueError(
-                    f"{self.index}: no column {', '.join(missing)}: add it to the header line"
-                )
-            cells = [
-                (reader.line_num, {k: (v or "").strip() for k, v in row.items() if k})
-                for row in reader
-            ]
+                raise ValueError(f"{self.index}: no column {', '.join(missing)}: add it to the header line")
+            cells = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
         datasets = {row["dataset"] for _, row in cells}
         unknown = sorted({*include, *exclude} - datasets)
         if unknown:
@@ -287,9 +282,7 @@ def _codes(text: str) -> tuple[tuple[float, ...], float | None]:
         try:
             codes.append(float(part))
         except ValueError:
-            raise ValueError(
-                f'invalid is {text!r}: write codes such as "0;65535;nan", or "none"'
-            ) from None
+            raise ValueError(f'invalid is {text!r}: write codes such as "0;65535;nan", or "none"') from None
     return tuple(codes), sky_above
 
 

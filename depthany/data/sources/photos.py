@@ -52,8 +52,7 @@ class PhotoFolder:
         )
         if not paths:
             raise ValueError(
-                f"source {name}: no image matches pattern={pattern!r} in root={root}; "
-                '"**/*" takes all folders below'
+                f'source {name}: no image matches pattern={pattern!r} in root={root}; "**/*" takes all folders below'
             )
         self._paths = np.array(paths)  # bytes: a list of strings is copied into each loader worker
 

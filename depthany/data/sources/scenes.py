@@ -5,7 +5,7 @@ from typing import Any, Literal
 import numpy as np
 
 from depthany.data.scenes import GENERATOR, render
-from depthany.types import DepthKind, DepthSample
+from depthany.types import DepthKind, DepthSample, ImageSample
 
 
 class Scenes:
@@ -17,12 +17,14 @@ class Scenes:
         num_scenes: how many.
         scene_seed: scenes of different seeds share nothing.
         size: side of the square pictures in pixels.
+        labelled: false: pictures only, as an unlabelled set has them.
     """
 
     def __init__(
-        self, *, name: str, style: Literal["a", "b"], num_scenes: int, scene_seed: int, size: int
+        self, *, name: str, style: Literal["a", "b"], num_scenes: int, scene_seed: int, size: int, labelled: bool
     ) -> None:
-        self.name, self.style, self.num_scenes, self.scene_seed, self.size = name, style, num_scenes, scene_seed, size
+        self.name, self.style, self.num_scenes = name, style, num_scenes
+        self.scene_seed, self.size, self.labelled = scene_seed, size, labelled
 
     def __len__(self) -> int:
         return self.num_scenes
@@ -33,14 +35,16 @@ class Scenes:
 
     def identity(self) -> dict[str, Any]:
         """What the packed set depends on; not the number, so that a longer set goes on where a shorter one ended."""
-        return {"generator": GENERATOR, "style": self.style, "seed": self.scene_seed, "size": self.size}
+        return {"generator": GENERATOR, "style": self.style, "seed": self.scene_seed, "size": self.size, "labelled": self.labelled}
 
     def prepare(self) -> None:
         """Nothing to fetch."""
 
-    def read(self, index: int) -> DepthSample:
+    def read(self, index: int) -> ImageSample | DepthSample:
         """Renders one scene."""
         scene = render(style=self.style, seed=self.scene_seed, index=index, size=self.size)
+        if not self.labelled:
+            return ImageSample(image=scene.image, key=self.key(index))
         sky = np.isinf(scene.depth)
         disparity = np.where(sky, np.float32(0), 1 / scene.depth).astype(np.float32)
         valid = np.ones_like(sky)

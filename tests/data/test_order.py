@@ -1,0 +1,153 @@
+"""The order: every sample once, wherever and however often the run is cut."""
+
+from collections import Counter
+from itertools import pairwise, product
+
+import pytest
+
+from depthany.data.order import CursorBatches, EpochOrder, Spot, global_batch, share_of
+
+COUNTS = [[1], [7], [1] * 9, [5, 3, 8, 1, 1, 4], [100, 100, 37], [0, 4, 0, 6, 0], [2] * 40]
+RATIOS = [(1, 0), (0, 1), (1, 2), (1, 1), (2, 1), (3, 5)]
+
+
+def whole(counts: list[int], *, seed: int = 0, window: int = 2, epoch: int = 0) -> list[tuple[int, int]]:
+    order = EpochOrder(counts=counts, seed=seed, window=window)
+    return [order[epoch * len(order) + i] for i in range(len(order))]
+
+
+def batches(*, cursor: int = 0, rank: int = 0, world: int = 1, **shape: int) -> list[list[Spot]]:
+    return list(CursorBatches(cursor=lambda: cursor, rank=rank, world=world, **shape))
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 1000])
+def test_an_epoch_is_a_permutation(counts: list[int], window: int) -> None:
+    everything = {(chunk, i) for chunk, count in enumerate(counts) for i in range(count)}
+    for epoch in range(3):
+        seen = whole(counts, window=window, epoch=epoch)
+        assert len(seen) == len(everything) and set(seen) == everything
+
+
+def test_the_order_is_pure_whatever_was_asked_before() -> None:
+    counts, positions = [5, 3, 8, 1, 1, 4], range(66)
+    expected = whole(counts) + whole(counts, epoch=1) + whole(counts, epoch=2)
+    used = EpochOrder(counts=counts, seed=0, window=2)
+    for position in [*positions, *reversed(positions), *(p * 29 % 66 for p in positions)]:
+        assert used[position] == expected[position]
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    counts = [20, 20, 20, 20]
+    orders = [tuple(whole(counts, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)]
+    assert len(set(orders)) == 16
+
+
+def test_samples_of_a_window_are_shuffled_into_each_other() -> None:
+    chunks = [chunk for chunk, _ in whole([50, 50, 50, 50], window=4)]
+    assert sum(a != b for a, b in pairwise(chunks)) > 100
+    assert whole([50], window=1) != sorted(whole([50], window=1))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4])
+def test_reading_is_local(window: int) -> None:
+    """A window of positions touches `window` chunks, and an epoch comes to each chunk in one window only."""
+    counts = [10] * 11
+    seen = whole(counts, window=window)
+    windows = [{chunk for chunk, _ in seen[first : first + 10 * window]} for first in range(0, 110, 10 * window)]
+    assert all(len(chunks) == window for chunks in windows[:-1])
+    assert sum(map(len, windows)) == len(counts)
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled"), RATIOS)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_position_is_used_once_and_every_step_is_a_true_mean(labelled: int, unlabelled: int, world: int) -> None:
+    counted = "unlabelled" if unlabelled else "labelled"
+    for total, size in product([1, 2, 5, 12, 31], [1, 3, 4, 6, 16]):
+        shape = {"total": total, "size": size, "labelled": labelled, "unlabelled": unlabelled}
+        ranks = [batches(rank=rank, world=world, **shape) for rank in range(world)]
+        used: Counter[tuple[str, int]] = Counter()
+        for step in zip(*ranks, strict=True):
+            assert len({len(share) for share in step}) == 1 and len(step[0]) > 0  # no rank waits for another
+            assert len({spot.consumed for share in step for spot in share}) == 1
+            for part in {spot.part for share in step for spot in share}:
+                weights = [spot.weight for share in step for spot in share if spot.part == part]
+                assert sum(weights) / world == pytest.approx(1)
+                assert len({w for w in weights if w}) == 1  # each image counts alike
+            used.update((spot.part, spot.position) for share in step for spot in share if spot.weight)
+        assert all(times == 1 for times in used.values())
+        assert {position for part, position in used if part == counted} == set(range(total))
+        assert sum(step[0].consumed for step in ranks[0]) == total
+        assert len(ranks[0]) == len(CursorBatches(cursor=lambda: 0, rank=0, world=world, **shape))
+
+
+@pytest.mark.parametrize("size", [3, 6, 8, 24])
+def test_one_labelled_for_two_unlabelled(size: int) -> None:
+    """V1, section 4.1: in every whole batch and over the epoch; the labelled order runs on without a gap."""
+    steps = batches(total=50, size=size, labelled=1, unlabelled=2)
+    for step in steps[:-1]:
+        parts = Counter(spot.part for spot in step)
+        assert parts["unlabelled"] == 2 * parts["labelled"] == size // 3 * 2
+    labelled = [spot.position for step in steps for spot in step if spot.part == "labelled"]
+    assert labelled == list(range(25))
+
+
+def test_the_last_short_batch_is_kept() -> None:
+    last = batches(total=11, size=6, labelled=1, unlabelled=2)[-1]
+    assert [(spot.part, spot.position, spot.weight) for spot in last] == [
+        ("unlabelled", 8, 1 / 3),
+        ("unlabelled", 9, 1 / 3),
+        ("unlabelled", 10, 1 / 3),
+        ("labelled", 4, 1.0),
+    ]
+    single = batches(total=9, size=6, labelled=1, unlabelled=2)[-1]
+    assert [spot.part for spot in single] == ["unlabelled", "labelled"]
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled"), [(0, 1), (1, 2), (1, 3)])
+def test_neighbours_are_the_same_pairs_for_any_number_of_ranks(labelled: int, unlabelled: int) -> None:
+    """CutMix partners are neighbours 2k and 2k + 1 among a rank's unlabelled images, both of weight > 0."""
+
+    def pairs(size: int, world: int) -> list[set[tuple[int, int]]]:
+        shape = {"total": 37, "size": size, "labelled": labelled, "unlabelled": unlabelled}
+        steps = []
+        for shares in zip(*(batches(rank=rank, world=world, **shape) for rank in range(world)), strict=True):
+            found = set()
+            for share in shares:
+                mine = [spot for spot in share if spot.part == "unlabelled"]
+                couples = zip(mine[::2], mine[1::2], strict=False)
+                found |= {(a.position, b.position) for a, b in couples if a.weight and b.weight}
+            steps.append(found)
+        return steps
+
+    for size in (4, 5, 7, 12):
+        assert pairs(size, 1) == pairs(size, 2) == pairs(size, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_resumed_run_goes_on_with_the_same_batches(world: int) -> None:
+    shape = {"total": 29, "size": 6, "labelled": 1, "unlabelled": 2}
+    for rank in range(world):
+        uninterrupted = batches(rank=rank, world=world, **shape)
+        cursor = 0
+        for i, step in enumerate(uninterrupted):
+            assert batches(cursor=cursor, rank=rank, world=world, **shape) == uninterrupted[i:]
+            cursor += step[0].consumed
+        assert cursor == 29 and batches(cursor=29, rank=rank, world=world, **shape) == []
+
+
+def test_the_cursor_is_asked_when_iteration_starts() -> None:
+    used = [0]
+    sampler = CursorBatches(cursor=lambda: used[0], total=10, size=4, labelled=1, unlabelled=0, rank=0, world=1)
+    first = next(iter(sampler))
+    used[0] = 4
+    assert [s.position for s in first] == [0, 1, 2, 3] and [s.position for s in next(iter(sampler))] == [4, 5, 6, 7]
+
+
+def test_padding_has_weight_zero_and_a_real_position() -> None:
+    batch = global_batch(cursor=0, total=3, size=3, labelled=0, unlabelled=1)
+    shares = [share_of(batch, rank=rank, world=2) for rank in range(2)]
+    assert [[(s.position, s.weight > 0) for s in share] for share in shares] == [
+        [(0, True), (1, True)],
+        [(2, True), (0, False)],
+    ]

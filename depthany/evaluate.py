@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> None:
 
     specs = [cfg.checkpoint] if isinstance(cfg.checkpoint, str) else list(cfg.checkpoint)
     opened = [open_model(spec, Path(cfg.paths.runs), device=cfg.device, stage=None) for spec in specs]
-    data = build(cfg.data, limit=cfg.limit)
+    data = build(cfg.data, limit=cfg.limit or cfg.data.limit)
     data.prepare_data()
     data.setup()
     rows: list[Row] = []

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -43,6 +44,8 @@ class AtomicCheckpointIO(CheckpointIO):
 class StepCheckpoint(ModelCheckpoint):
     """Saves every few optimizer steps and keeps the newest.
 
+    Where a step is validated too, it saves after that: a run that is killed in between validates again.
+
     Args:
         every_steps: optimizer steps between checkpoints.
         keep: how many stay; at least 2, so that a damaged one is not the only one.
@@ -57,12 +60,26 @@ class StepCheckpoint(ModelCheckpoint):
             save_top_k=max(keep, 2),
             every_n_train_steps=every_steps,
             save_on_train_epoch_end=False,
+            enable_version_counter=False,  # a damaged file is replaced; "step-9-v1" would never be found
         )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves when it is time; never between the batches of one accumulated step."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        every = trainer.val_check_batch  # None where Lightning goes by the clock
+        validates = trainer.enable_validation and every and (trainer.fit_loop.total_batch_idx + 1) % every == 0
+        if validates and trainer.global_step % self._every_n_train_steps == 0:
+            self._defer_save_until_validation = True  # saved by on_validation_end
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the highest step that can be read, and the names of damaged newer ones."""
-    damaged = []
+    damaged: list[str] = []
     found = [(int(m[1]), p) for p in folder.glob("step-*.ckpt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
     for _, path in sorted(found, reverse=True):
         try:

@@ -1,5 +1,6 @@
 """Averaged weights by choice: Lightning's exponential moving average."""
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 
@@ -14,3 +15,10 @@ class Ema(EMAWeightAveraging):
 
     def __init__(self, *, decay: float) -> None:
         super().__init__(decay=decay, use_buffers=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing yet: Lightning leaves this hook out where a run is taken up again after its last step."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The averaged weights become the model's."""
+        super().on_train_end(trainer, pl_module)

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = run_dir / "metrics.csv"
         self._rows: dict[int, dict[str, str]] = {}
-        self._dirty = 0
+        self._columns: list[str] = []
+        self._last = 0  # byte at which the last row begins
 
     @property
     def name(self) -> str:
@@ -98,65 +100,102 @@ class MetricsCsv(Logger):
         return ""
 
     def resume(self, step: int) -> None:
-        """Takes over the rows up to a step."""
+        """Takes over the rows of the first `step` steps; they are numbered from 0."""
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
-                rows = {int(row["step"]): {k: v for k, v in row.items() if v} for row in csv.DictReader(file)}
-            self._rows = {at: row for at, row in rows.items() if at <= step}
+                rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+            self._rows = {int(r["step"]): r for r in rows if r.get("step", "").isdigit() and int(r["step"]) < step}
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds to a step's row."""
-        row = self._rows.setdefault(step or 0, {"step": str(step or 0)})
+        """Adds to a step's row, and to the file at once: what stands before a checkpoint outlives a kill."""
+        at = step or 0
+        is_next = not self._rows or at > next(reversed(self._rows))
+        row = self._rows.setdefault(at, {"step": str(at)})
         row.update({k: f"{float(v):.8g}" for k, v in metrics.items() if k != "epoch"})
-        self._dirty += 1
-        if self._dirty >= 20:
-            self.save()
+        if not set(row) <= set(self._columns) or at != next(reversed(self._rows)) or not self.path.exists():
+            self._write_all()
+            return
+        with open(self.path, "r+", newline="", encoding="utf-8") as file:  # Lightning saves after every row: no rewrite
+            self._last = file.seek(0, os.SEEK_END) if is_next else file.seek(self._last)
+            csv.DictWriter(file, self._columns).writerow(row)
+            file.truncate()
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The composed config is in config.yaml."""
 
-    @rank_zero_only
-    def save(self) -> None:
+    def _write_all(self) -> None:
         """Writes every row, beside the target and moved into place."""
-        names = list(dict.fromkeys(["step", *sorted({k for row in self._rows.values() for k in row})]))
+        self._rows = dict(sorted(self._rows.items()))
+        self._columns = list(dict.fromkeys(["step", *sorted({k for row in self._rows.values() for k in row})]))
         part = self.path.with_name(".metrics.csv.part")
         with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
-            writer.writerows(self._rows[at] for at in sorted(self._rows))
+            for row in self._rows.values():
+                self._last = file.tell()
+                writer.writerow(row)
         os.replace(part, self.path)
-        self._dirty = 0
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is left."""
-        self.save()
+        """Writes every row; the file is there even where nothing was logged."""
+        self._write_all()
 
 
 class SkipLog(Callback):
     """Counts, lists and bounds the samples that could not be used: skipped.csv of the run folder.
 
+    The list goes to disk with each checkpoint: what a killed run had met since then, it meets again.
+
     Args:
         run_dir: the run folder.
         limit: largest share of the samples seen; above it, and above 10 samples, the run stops.
+        packed: what packing left out; listed, but not among the samples seen.
     """
 
-    def __init__(self, *, run_dir: Path, limit: float) -> None:
+    def __init__(self, *, run_dir: Path, limit: float, packed: Iterable[Skip]) -> None:
         self.path, self.limit = run_dir / "skipped.csv", limit
         self.seen: dict[tuple[str, str], Skip] = {}
+        self.counts: Counter[str] = Counter()  # of each source
+        self.add(packed)
+        self.num_packed = len(self.seen)
         if self.path.exists():
             with open(self.path, newline="", encoding="utf-8") as file:
-                self.add([Skip(*row) for row in list(csv.reader(file))[1:]])
+                self.add(Skip(*row) for row in list(csv.reader(file))[1:] if len(row) == len(Skip._fields))
 
-    def add(self, skips: list[Skip]) -> None:
+    def add(self, skips: Iterable[Skip]) -> None:
         """Lists samples once each."""
-        self.seen |= {(skip.source, skip.key): skip for skip in skips}
+        for skip in skips:
+            if (skip.source, skip.key) not in self.seen:
+                self.seen[skip.source, skip.key] = skip
+                self.counts[skip.source] += 1
 
     def save(self) -> None:
-        """Writes the list."""
-        with open(self.path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([Skip._fields, *self.seen.values()])
+        """Writes the list, beside the target and moved into place."""
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows([Skip._fields, *self.seen.values()])
+        write_text(self.path, text.getvalue())
+
+    def gather(self, trainer: pl.Trainer) -> None:
+        """Makes the ranks' lists one, and writes it; every rank has to call it."""
+        if trainer.world_size > 1:
+            lists: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(lists, list(self.seen.values()))
+            for skips in lists:
+                self.add(skips)
+        if trainer.is_global_zero:
+            self.save()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The list goes before the checkpoint."""
+        self.gather(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The whole list."""
+        self.gather(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -166,17 +205,16 @@ class SkipLog(Callback):
         Raises:
             RuntimeError: more than the limit is damaged.
         """
-        if not batch["skipped"]:
-            return
         self.add(batch["skipped"])
-        for source, count in Counter(skip.source for skip in self.seen.values()).items():
+        for source, count in self.counts.items():
             pl_module.log(f"data/skipped/{source}", float(count), rank_zero_only=True)
-        if trainer.global_rank == 0:
-            self.save()
-        used = pl_module.samples_seen  # type: ignore[attr-defined]  # DepthTask has it
-        if len(self.seen) > max(10, self.limit * used):
+        task: Any = pl_module  # a DepthTask
+        used, met = task.samples_seen, len(self.seen) - self.num_packed
+        if batch["skipped"] and met > max(10, self.limit * used):
+            if trainer.is_global_zero:
+                self.save()
             last = batch["skipped"][-1]
             raise RuntimeError(
-                f"{len(self.seen)} of {used} samples could not be used, more than data.skip_limit={self.limit}; "
+                f"{met} of {used} samples could not be used, more than data.skip_limit={self.limit}; "
                 f"see {self.path}; the last was {last.key}: {last.reason}"
             )

@@ -31,7 +31,8 @@ class Throughput(Callback):
             self._total += now - self._ended
             self._images += len(batch["key"]) * trainer.world_size
         self._ended = now
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._total:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it out of the checker's sight
+        if trainer.global_step % every == 0 and self._total:
             pl_module.log("images_per_s", self._images / self._total, prog_bar=True)
             pl_module.log("data_wait", self._wait / self._total)
             self._wait = self._total = 0.0
@@ -59,7 +60,8 @@ class LineProgress(ProgressBar):
         """Prints step, loss, speed and time left."""
         now = time.monotonic()
         self._first = self._first or now
-        seen, total = pl_module.samples_seen, pl_module.num_samples  # type: ignore[attr-defined]  # DepthTask has them
+        task: Any = pl_module  # a DepthTask
+        seen, total = task.samples_seen, task.num_samples
         if trainer.global_rank or (now - self._last < 10 and seen < total):
             return
         self._last = now

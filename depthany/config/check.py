@@ -26,7 +26,7 @@ PLAIN = {
 GROUPS = ("model", "optim", "data", "mix", "loss", "augment", "task", "labels", "trainer", "callbacks", "logger")
 NAMED = ("loss", "augment", "callbacks", "logger")  # mappings of named parts; the other groups are one part each
 NAMED_IN_DATA = ("data.sources", "data.unlabelled", "data.validation")
-MAY_LACK = ("callbacks", "logger")  # null switches the group or one of its parts off
+MAY_LACK = ("callbacks", "logger", *NAMED_IN_DATA)  # null switches the group or one of its parts off
 # Arguments that the verbs hand in themselves: not in a config file.
 GIVEN = {"model", "loss", "plan", "mix", "augment", "labels", "teacher", "seed", "batch_size", "precision", "run_dir"}
 

@@ -18,7 +18,15 @@ from depthany.config.check import ConfigError, check, plain, suggest
 from depthany.config.schema import arguments_of
 
 # Choices that do not change what is learnt do not name a run.
-UNNAMED: tuple[str, ...] = ("paths.", "hydra", "resume", "logger", "trainer=", "trainer.max_time")
+UNNAMED: tuple[str, ...] = (
+    "paths.",
+    "hydra",
+    "resume",
+    "logger",
+    "trainer=",
+    "trainer.max_time",
+    "trainer.log_every_n_steps",
+)
 UNNAMED += ("trainer.devices", "trainer.accelerator", "trainer.strategy", "data.num_workers", "callbacks.throughput")
 
 
@@ -32,17 +40,16 @@ def config_dir() -> Path:
 def run_name(overrides: list[str], seed: int) -> str:
     """A folder name made of the choices on the command line and the seed, the same for the same choices.
 
+    Only letters, digits and ._+- occur, so that the name can stand unquoted in another run's options.
+
     >>> run_name(["stage=student", "paths.runs=x", "loss.gradient.weight=0"], 3)
-    'student-loss.gradient.weight=0-seed3'
+    'student-loss.gradient.weight-0-seed3'
     """
-    stage, parts = "run", []
-    for text in sorted(map(str, overrides)):
-        key, _, value = text.lstrip("+~").partition("=")
-        if key == "stage":
-            stage = value
-        elif key != "seed" and not text.lstrip("+~").startswith(UNNAMED):
-            parts.append(value if key in ("experiment", "debug") else f"{key}={value}")
-    name = re.sub(r"[^A-Za-z0-9._=+,-]+", "_", "-".join([stage, *parts]))
+    said = dict(str(text).lstrip("+~").partition("=")[::2] for text in overrides)  # the last word on an option counts
+    stage = said.pop("stage", "run")
+    named = {key: value for key, value in said.items() if key != "seed" and not f"{key}=".startswith(UNNAMED)}
+    parts = [v if key in ("experiment", "debug") else f"{key}-{v}" for key, v in sorted(named.items())]
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join([stage, *parts]))
     if len(name) > 120:
         name = name[:111] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name}-seed{seed}"
@@ -80,7 +87,8 @@ def _leaves(node: Any, path: str = "") -> Iterator[str]:
 def _in_words(verb: str, overrides: list[str], error: Exception) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override} cannot be read: {text.splitlines()[0]}"
+        hint = "a value with = , ( ) or spaces needs quotes, for example 'key=\"a=b\"'"
+        return f"cannot read the option {error.override}: {hint}"
     if empty := [o for o in overrides if o.partition("=")[0] in groups_of() and o.partition("=")[2] in ("null", "")]:
         group = empty[0].partition("=")[0]
         return f"{empty[0]} is not a choice{suggest('', groups_of()[group])}"
@@ -152,6 +160,7 @@ def _shown(value: Any) -> str:
 
 
 TOP_DOCS = {
+    "recipe.name": "which paper's losses, mix and perturbation the stage picks",
     "seed": "of weights, order and every perturbation",
     "resume": "auto: go on where the run of this name stopped; never: start again, the old folder is kept beside",
     "paths.runs": "where run folders go",
@@ -176,7 +185,7 @@ def _options(node: Any, path: str, doc: str = "") -> Iterator[tuple[str, Any, st
         docs = arguments_of(str(node["_target_"]))
     for key, value in node.items():
         if key != "_target_":
-            inner = docs[key].doc if key in docs else ""
+            inner = (docs[key].doc if key in docs else "") if "_target_" in node else doc
             yield from _options(value, f"{path}.{key}" if path else str(key), inner)
 
 
@@ -195,8 +204,10 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
         if not set(flags) - {"-m", "--multirun"}:
             for combination in _every_combination(overrides) if flags else [overrides]:
                 check(compose(verb, [o for o in combination if not o.startswith("hydra")]))
-    except (ConfigError, HydraException) as error:
+    except ConfigError as error:
         _complain(error)
+    except HydraException as error:
+        _complain(ConfigError(_in_words(verb, overrides, error)))
 
     def checked(cfg: DictConfig) -> None:
         try:

@@ -1,4 +1,4 @@
-"""From a sample to a training view: resize, crop, flip, colour distortion; every draw from the sample's own generator."""
+"""From a sample to a training view: resize, crop, flip, colours; every draw is from the sample's own generator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from depthany.data.labels import has_label
 from depthany.geometry.resize import lower_bound_size, resize_image, resize_label
 from depthany.types import DepthSample, ImageSample
 
@@ -31,7 +32,7 @@ class Augment:
         hue: largest turn, as a share of the colour circle.
         grey: probability of a grey image.
         blur: probability of a Gaussian blur.
-        blur_sigma_px: smallest and largest sigma in pixels of the crop.
+        blur_sigma_px: smallest and largest sigma in pixels of a crop of 518, scaled with the size.
         noise: largest standard deviation of pixel noise, in grey levels of 255.
         cutmix: probability that a box of the neighbour in the batch is pasted in.
     """
@@ -70,7 +71,7 @@ class Augment:
 
         clean = crop(resize_image(sample["image"], (height, width), antialias=False))
         view: dict[str, Any] = {"clean": clean, "cutmix": self._box(rng)}
-        if "disparity" in sample:
+        if has_label(sample):
             disparity, valid, _ = resize_label(sample["disparity"], sample["valid"], sample["sky"], (height, width))
             view |= {"disparity": crop(disparity), "valid": crop(valid)}
         view["image"] = self._distort(clean, rng)
@@ -91,7 +92,7 @@ class Augment:
         jitter, grey, blur = rng.random() < self.jitter, rng.random() < self.grey, rng.random() < self.blur
         if not (jitter or grey or blur or self.noise):
             return clean
-        image = clean.astype(np.float32)
+        image: np.ndarray = clean.astype(np.float32)
         if jitter:
             image *= rng.uniform(1 - self.brightness, 1 + self.brightness)
             contrast = rng.uniform(1 - self.contrast, 1 + self.contrast)
@@ -104,7 +105,8 @@ class Augment:
         if grey:
             image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         if blur:
-            image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*self.blur_sigma_px))
+            low, high = self.blur_sigma_px
+            image = cv2.GaussianBlur(image, (0, 0), rng.uniform(low, high) * self.size / 518)
         if self.noise:
             image = image + rng.normal(0, rng.uniform(0, self.noise), image.shape).astype(np.float32)
         return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeGuard
 
 import cv2
 import numpy as np
 
-from depthany.types import DepthKind, DepthSample
+from depthany.types import DepthKind, DepthSample, ImageSample
 
 # Largest error of a codec as a share of the map's range (max - min).
 CODEC_ERROR = {"png16": 0.5 / 65535, "float16": 2.0**-12, "png8": 0.5 / 255}
@@ -32,6 +32,20 @@ class LabelPlan:
     input_size: int | None
     batch_size: int | None
     precision: Literal["fp32", "bf16"]
+
+
+class Label(TypedDict):
+    """The label part of a DepthSample."""
+
+    disparity: np.ndarray  # (h, w) float32
+    valid: np.ndarray  # (h, w) bool
+    sky: np.ndarray  # (h, w) bool
+    kind: DepthKind
+
+
+def has_label(sample: ImageSample | DepthSample) -> TypeGuard[DepthSample]:
+    """Whether a sample is labelled."""
+    return "disparity" in sample
 
 
 def encode_pseudo(disparity: np.ndarray, codec: str) -> dict[str, bytes]:
@@ -59,7 +73,7 @@ def encode_truth(sample: DepthSample) -> dict[str, bytes]:
     }
 
 
-def decode_label(members: Callable[[str], bytes], suffixes: Mapping[str, Any]) -> dict[str, Any]:
+def decode_label(members: Callable[[str], bytes], suffixes: Mapping[str, Any]) -> Label:
     """The label part of a DepthSample from a sample's members.
 
     Args:
@@ -72,7 +86,7 @@ def decode_label(members: Callable[[str], bytes], suffixes: Mapping[str, Any]) -
     note = json.loads(members("json"))
     kind = DepthKind(note["kind"])
     if "disparity.png" in suffixes:
-        raw = cv2.imdecode(np.frombuffer(members("disparity.png"), np.uint8), cv2.IMREAD_UNCHANGED)
+        raw: np.ndarray | None = cv2.imdecode(np.frombuffer(members("disparity.png"), np.uint8), cv2.IMREAD_UNCHANGED)
         if raw is None:
             raise ValueError("disparity.png is damaged")
         stored = raw.astype(np.float32) / np.float32(np.iinfo(raw.dtype).max)

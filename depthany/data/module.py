@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from depthany.data.augment import Augment, sample_rng
 from depthany.data.files import DecodeError
+from depthany.data.labels import has_label
 from depthany.data.order import CursorBatches, EpochOrder, Spot
 from depthany.geometry.disparity import normalise
 from depthany.geometry.resize import lower_bound_size, resize_image
@@ -27,9 +28,15 @@ class Source(Protocol):
     name: str
 
     def __len__(self) -> int: ...
-    def key(self, index: int) -> str: ...
-    def prepare(self) -> None: ...
-    def read(self, index: int) -> ImageSample | DepthSample: ...
+
+    def key(self, index: int) -> str:
+        """The sample's key."""
+
+    def prepare(self) -> None:
+        """Fetches, packs or checks what reading needs; on one process of a machine."""
+
+    def read(self, index: int) -> ImageSample | DepthSample:
+        """The image, with its label if it has one; a DecodeError where it is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
                 sample = source.read(index)
                 if pseudo and sample.get("kind") != DepthKind.PSEUDO:
                     sample = ImageSample(image=sample["image"], key=sample["key"])
-                if "disparity" not in sample and not (pseudo and self.online):
+                if not has_label(sample) and not (pseudo and self.online):
                     raise DecodeError(f"{item['key']}: no label")
                 view = augment(sample, sample_rng(self.seed, spot.part, spot.position))
                 item["kind"] = sample.get("kind", DepthKind.PSEUDO)
@@ -152,10 +159,11 @@ class EvalDataset(Dataset[dict[str, Any]]):
             return item | {"skipped": [Skip(source.name, source.key(i), str(error))]}
         sides = lower_bound_size(*sample["image"].shape[:2], size=self.size, multiple=self.multiple)
         image = resize_image(sample["image"].astype(np.float32) / 255, sides, antialias=False)
-        valid = sample["valid"] & ~sample["sky"]  # type: ignore[typeddict-item]  # labelled sources only
+        assert has_label(sample), f"{source.key(i)}: no label to validate with"
+        valid = sample["valid"] & ~sample["sky"]
         return item | {
             "image": normalise_image(torch.from_numpy(image)[None]),
-            "disparity": torch.from_numpy(sample["disparity"])[None],  # type: ignore[typeddict-item]
+            "disparity": torch.from_numpy(sample["disparity"])[None],
             "valid": torch.from_numpy(valid)[None],
             "original": sample["image"],
         }
@@ -247,8 +255,9 @@ class DepthData(pl.LightningDataModule):
         if self._ready:
             return
         for source in self.used:
-            if hasattr(source, "open"):
+            if hasattr(source, "limit"):
                 source.limit = self.limit
+            if hasattr(source, "open"):
                 source.open()
         self._ready = True
 

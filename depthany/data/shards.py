@@ -1,7 +1,7 @@
 """Shards: plain webdataset tars with an index beside each, written whole or not at all, read by offset.
 
-A shard `<set>-000000.tar` holds samples `<key>.jpg`, `<key>.disparity.npy`, ... and `<set>-000000.json` says where each member
-lies, so the epoch's length and any sample's place are known without reading. Pseudo-labels lie in sibling shards
+A shard `<set>-000000.tar` holds samples `<key>.jpg`, `<key>.disparity.npy`, ... and `<set>-000000.json` says where each
+member lies, so the epoch's length and any sample's place are known without reading. Pseudo-labels lie in sibling shards
 `<set>-000000.<teacher>.tar` with the same keys.
 """
 

@@ -72,7 +72,7 @@ class Predictor:
                 f"{h * w} pixels; lower --input-size or raise --max-pixels ({self.max_pixels})"
             )
         pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
-        return (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+        return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
 
     @torch.inference_mode()
     def disparity(self, inputs: Sequence[np.ndarray]) -> Tensor:

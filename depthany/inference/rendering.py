@@ -85,5 +85,5 @@ def side_by_side(images: Sequence[np.ndarray], gap: int) -> np.ndarray:
 def to_uint8_image(image: Tensor) -> np.ndarray:
     """Undoes the ImageNet normalisation: (3, H, W) float to (H, W, 3) uint8, clipped."""
     pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)  # (3, H, W) -> (H, W, 3)
-    pixels = pixels * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
+    pixels = pixels * np.array(IMAGENET_STD, np.float32) + np.array(IMAGENET_MEAN, np.float32)
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8)

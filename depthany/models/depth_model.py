@@ -53,7 +53,7 @@ class DepthModel(nn.Module):
         super().__init__()
         if len(taps) != 4:
             raise ValueError(f"taps={list(taps)}: the DPT head takes four")
-        self._config = {
+        self._config: dict[str, Any] = {
             "encoder": encoder,
             "taps": list(taps),
             "pretrained": False,

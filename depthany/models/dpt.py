@@ -3,14 +3,14 @@
 Legend: B batch, H W pixels, h w patches, C channels, F features.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
 
 
 class DPTHead(nn.Module):
@@ -71,6 +71,7 @@ class DPTHead(nn.Module):
             # positive bias: at least 0.1 at any seed.
             with torch.no_grad():
                 last.weight.abs_()
+                assert last.bias is not None
                 last.bias.fill_(0.1)
         self.scratch["output_conv2"] = nn.Sequential(nn.Conv2d(features // 2, hidden, 3, padding=1), nn.ReLU(), last)
 
@@ -96,7 +97,8 @@ class DPTHead(nn.Module):
         x = self.scratch["refinenet2"](x, layers[1], size=one)
         x = self.scratch["refinenet1"](x, layers[0], size=(2 * one[0], 2 * one[1]))  # (B, F, 8h, 8w)
         x = _resize(self.scratch["output_conv1"](x), size)  # (B, F / 2, H, W)
-        conv, relu, last = self.scratch["output_conv2"]
+        # A Sequential of these.
+        conv, relu, last = cast(tuple[nn.Conv2d, nn.ReLU, nn.Conv2d], self.scratch["output_conv2"])
         x = relu(conv(x))  # (B, hidden, H, W)
         # bfloat16 would leave 8 bits to the map that labels and gradients are made of.
         with torch.autocast(x.device.type, enabled=False):

@@ -70,6 +70,7 @@ class Encoder(nn.Module):
         self.taps = taps
         self.pos_embed_rule = pos_embed
         self.patch_embed = vit.patch_embed
+        assert vit.cls_token is not None and vit.pos_embed is not None  # _build refuses others
         self.cls_token = vit.cls_token
         self.pos_embed = vit.pos_embed
         self.pos_drop = vit.pos_drop
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
             return resample_abs_pos_embed(self.pos_embed, new_size=[h, w], old_size=list(grid))
         # interpolate_pos_encoding of the official dinov2.py. Without the 0.1 some grids come out
         # one too small; with it the sampling positions shift, so the published weights need it.
-        patches = self.pos_embed[:, 1:].float().transpose(1, 2).unflatten(2, grid)  # (1, C, *grid)
+        patches = torch.unflatten(self.pos_embed[:, 1:].float().transpose(1, 2), 2, grid)  # (1, C, *grid)
         patches = F.interpolate(patches, scale_factor=((h + 0.1) / grid[0], (w + 0.1) / grid[1]), mode="bicubic")
         patches = patches.flatten(2).transpose(1, 2)  # (1, C, h, w) -> (1, N, C)
         return torch.cat([self.pos_embed[:, :1], patches.to(self.pos_embed.dtype)], dim=1)

@@ -27,11 +27,15 @@ def label_shards(predictor: Predictor, tars: Sequence[Path], *, teacher: str, pl
         Keys of damaged images, which get no label.
     """
     damaged: list[str] = []
-    facts = {"teacher": teacher, "input_size": plan.input_size, "codec": plan.codec, "precision": plan.precision}
-    missing = [tar for tar in tars if not _is_labelled(tar, teacher, facts)]
+
+    def facts(tar: Path) -> dict[str, Any]:
+        made = {"teacher": teacher, "input_size": plan.input_size, "codec": plan.codec, "precision": plan.precision}
+        return made | {"image_bytes": tar.stat().st_size}  # a set that grew has a longer last shard
+
+    missing = [tar for tar in tars if not _is_labelled(tar, teacher, facts(tar))]
     for tar in track(missing, f"labelling with {teacher}", disable=not missing):
         shard = Shard(tar)
-        write_shard(label_path(tar, teacher), _labels(shard, predictor, plan, damaged), facts=facts)
+        write_shard(label_path(tar, teacher), _labels(shard, predictor, plan, damaged), facts=facts(tar))
         shard.close()
     return damaged
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from depthany.data.files import DecodeError
+from depthany.data.labels import has_label
 from depthany.data.module import DepthData, EvalDataset
 from depthany.metrics.affine import DepthScores
 from depthany.metrics.baselines import MeanMap, constant_map, row_ramp
@@ -27,6 +28,7 @@ def baselines(data: DepthData) -> dict[str, Callable[[Mapping[str, Any]], Tensor
                 sample = source.read(i)
             except DecodeError:
                 continue
+            assert has_label(sample), f"{source.key(i)}: no label in a labelled source"
             label = torch.from_numpy(sample["disparity"])[None], torch.from_numpy(sample["valid"])[None]
             mean.update(*label)
     return {

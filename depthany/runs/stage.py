@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -15,10 +16,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
-from depthany.callbacks.record import WEIGHTS, MetricsCsv, SkipLog, facts, read_record, write_json, write_text
+from depthany.callbacks.record import RECORD, WEIGHTS, MetricsCsv, SkipLog, facts, read_record, write_json, write_text
 from depthany.callbacks.throughput import progress_bar
 from depthany.config.build import build, choice, is_sweep
 from depthany.config.check import ConfigError, plain
@@ -35,7 +37,7 @@ from depthany.runs.label_job import label_shards
 from depthany.runs.scoring import baselines, print_table, score_all
 
 # What may differ between a run and its continuation: it does not change what is learnt.
-FREE = ("paths", "resume", "callbacks", "logger")
+FREE = ("paths", "resume", "callbacks", "logger")  # averaged weights are what is kept: callbacks.ema may not
 FREE_IN_TRAINER = ("devices", "accelerator", "strategy", "max_time", "log_every_n_steps")
 
 
@@ -149,13 +151,25 @@ class Stage:
         self.task.max_depth = self.data.max_depth
 
     def _teacher(self) -> Any:
-        """Finds the teacher and says which; labels the shards where labels are offline."""
+        """Finds the teacher and says which; labels the shards where labels are offline.
+
+        A run that goes on keeps the teacher that it began with, whatever was finished since.
+        """
         cfg = self.cfg
         runs = Path(cfg.paths.runs)
-        path = find_weights(cfg.task.teacher_ckpt, runs, stage="teacher", data=self.data.name, debug=choice("debug"))
+        began = read_record(self.run_dir) if self.checkpoint or not self.main else {}
+        known = began.get("teacher file", "")
+        spec = known if Path(known).is_file() else cfg.task.teacher_ckpt
+        path = find_weights(spec, runs, stage="teacher", data=self.data.name, debug=choice("debug"))
         teacher, _ = load_weights(path)
         name = f"teacher-{weights_hash(teacher)[:8]}"
-        self.teacher_path = path
+        if name != began.get("teacher", name):
+            raise ConfigError(
+                f"{self.run_dir} began with {began['teacher']} of {known}, and {path} is {name}: name the first one's "
+                f"weights as task.teacher_ckpt, or start again with resume=never"
+            )
+        if self.main:
+            write_json(self.run_dir / RECORD, {"teacher": name, "teacher file": str(path.resolve())})
         self.say(f"teacher: {path} ({name})")
         self.facts |= {"teacher": name, "teacher file": str(path)}
         if self.labels.mode == "offline" and self.mix.unlabelled:
@@ -173,8 +187,7 @@ class Stage:
         """Trains from the cursor to the end."""
         cfg = self.cfg
         self.log = MetricsCsv(run_dir=self.run_dir)
-        self.skips = SkipLog(run_dir=self.run_dir, limit=self.data.skip_limit)
-        self.skips.add(self.data.skips())
+        self.skips = SkipLog(run_dir=self.run_dir, limit=self.data.skip_limit, packed=self.data.skips())
         callbacks = [c for c in (build(cfg.callbacks) or {}).values() if c is not None]
         for callback in callbacks:
             if isinstance(callback, StepCheckpoint):
@@ -202,7 +215,11 @@ class Stage:
             f"{self.name}: {sum(p.numel() for p in self.task.model.parameters()) / 1e6:.2f} M parameters, "
             f"{self.data.num_samples} images in batches of {batch}, {self.trainer.world_size} process(es)"
         )
-        self.trainer.fit(self.task, self.data, ckpt_path=self.checkpoint, weights_only=True)
+        try:
+            self.trainer.fit(self.task, self.data, ckpt_path=self.checkpoint, weights_only=True)
+        except SIGTERMException as error:  # Lightning would exit with 0, as if the run were complete
+            self.say("stopped by SIGTERM; the same command goes on from the last checkpoint")
+            raise SystemExit(128 + signal.SIGTERM) from error
 
     def keep_weights(self) -> None:
         """The final weights with what they are, as model.safetensors."""
@@ -224,7 +241,6 @@ class Stage:
         metadata = {"stage": self.name, "data": self.data.name, "facts": json.dumps(self.facts)}
         save_weights(self.task.model, self.run_dir / WEIGHTS, metadata=metadata)
         self.facts["weights"] = weights_hash(self.task.model)
-        self.skips.save()
 
     def report(self) -> None:
         """Scores against the trivial predictors and the teacher, the page, and the record that says finished."""
@@ -248,7 +264,7 @@ class Stage:
         )
         finished = time.strftime("%Y-%m-%d %H:%M:%S")
         record = {"stage": self.name, "data": self.data.name, "debug": choice("debug"), "finished": finished}
-        write_json(self.run_dir / "record.json", record | {"facts": self.facts, "table": rows})
+        write_json(self.run_dir / RECORD, record | {"facts": self.facts, "table": rows})
         print_table(rows)
         if self.skips.seen:
             print(f"{len(self.skips.seen)} samples could not be used: {self.run_dir / 'skipped.csv'}")
@@ -330,6 +346,7 @@ def main_first(*, main: bool) -> Iterator[None]:
 def _learnt(cfg: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in cfg.items() if k not in FREE}
     kept["trainer"] = {k: v for k, v in cfg["trainer"].items() if k not in FREE_IN_TRAINER}
+    kept["callbacks"] = {"ema": (cfg["callbacks"] or {}).get("ema")}
     return kept
 
 

@@ -43,7 +43,9 @@ class DepthTask(pl.LightningModule):
 
     def training_step(self, batch: DepthBatch, batch_idx: int) -> Tensor:
         """The weighted mean over the global batch, after the ranks' gradients are averaged."""
-        self.plan.set_rates(self.optimizers().optimizer, self.samples_seen / self.num_samples)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)  # configure_optimizers makes one
+        self.plan.set_rates(optimizer.optimizer, self.samples_seen / self.num_samples)
         target, regions = self.target(batch)
         output = self.model.outputs(batch["image"])
         losses, parts = self.loss(output, target, regions)

@@ -399,7 +399,7 @@ def test_a_set_grows_and_shrinks(tmp_path: Path) -> None:
 
 def test_another_source_gets_another_folder(tmp_path: Path) -> None:
     one = packed(tmp_path, scenes(3))
-    other = packed(tmp_path, Scenes(name="scenes", style="b", num_scenes=3, scene_seed=6, size=16))
+    other = packed(tmp_path, Scenes(name="scenes", style="b", num_scenes=3, scene_seed=6, size=16, labelled=True))
     smaller = packed(tmp_path, scenes(3), short_side=8)
     assert len({one.root, other.root, smaller.root}) == 3
 

@@ -257,13 +257,13 @@ def quiet(**changes) -> Augment:
     return Augment(**settings | changes)
 
 
-def scenes(root, *, size: int = SIZE, count: int = 6) -> Packed:
-    source = Scenes(name="scenes_b", style="b", num_scenes=count, scene_seed=2, size=size)
+def scenes(root, *, labelled: bool = False) -> Packed:
+    source = Scenes(name="scenes_b", style="b", num_scenes=6, scene_seed=2, size=SIZE, labelled=labelled)
     return Packed(source=source, root=str(root), samples_per_shard=4, short_side=None)
 
 
-def batch_from(root, *, online: bool, teacher: str | None, augment: Augment) -> dict:
-    source = scenes(root)
+def batch_from(root, *, online: bool, teacher: str | None, augment: Augment, labelled: bool = False) -> dict:
+    source = scenes(root, labelled=labelled)
     source.teacher = teacher
     data = DepthData(
         name="test",
@@ -304,9 +304,9 @@ def test_online_labels_equal_offline_labels_within_the_codec_error(codec, tmp_pa
 
 
 def test_an_online_label_is_the_teachers_even_where_the_set_has_its_own(tmp_path):
-    """The embedded scenes know their depth. Nobody may look."""
-    scenes(tmp_path).prepare()
-    batch = batch_from(tmp_path, online=True, teacher=None, augment=quiet())
+    """A rendered or measured label of an unlabelled set is nobody's to look at."""
+    scenes(tmp_path, labelled=True).prepare()
+    batch = batch_from(tmp_path, online=True, teacher=None, augment=quiet(), labelled=True)
     assert not batch["valid"].any()
     assert set(batch["kind"]) == {DepthKind.PSEUDO}
 

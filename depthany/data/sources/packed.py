@@ -15,7 +15,7 @@ import cv2
 from rich.progress import track
 
 from depthany.data.files import DecodeError, read_image
-from depthany.data.labels import decode_label, encode_truth
+from depthany.data.labels import decode_label, encode_truth, has_label
 from depthany.data.shards import IMAGE_SUFFIXES, Shard, ShardError, image_shards, label_path, write_shard
 from depthany.geometry.resize import resize_image, resize_label
 from depthany.types import DepthSample, ImageSample, Skip
@@ -27,10 +27,18 @@ class Packable(Protocol):
     name: str
 
     def __len__(self) -> int: ...
-    def key(self, index: int) -> str: ...
-    def identity(self) -> dict[str, Any]: ...
-    def prepare(self) -> None: ...
-    def read(self, index: int) -> ImageSample | DepthSample: ...
+
+    def key(self, index: int) -> str:
+        """The sample's key."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the packed set depends on, but for the number of samples."""
+
+    def prepare(self) -> None:
+        """Fetches or checks what reading needs."""
+
+    def read(self, index: int) -> ImageSample | DepthSample:
+        """The image, with its label if it has one."""
 
 
 class Shards:
@@ -193,8 +201,8 @@ class Packed(Shards):
                 if self.short_side:
                     sample = shrink(sample, self.short_side)
                 members = self._image(i, sample)
-                if "disparity" in sample:
-                    members |= encode_truth(sample)  # type: ignore[arg-type]  # it has a label
+                if has_label(sample):
+                    members |= encode_truth(sample)
                 yield {"__key__": sample["key"], **members}
             except (DecodeError, OSError) as error:
                 skipped.append((self.source.key(i), str(error)))
@@ -218,7 +226,8 @@ def shrink(sample: ImageSample | DepthSample, short_side: int) -> ImageSample | 
 
     image = sample["image"]
     small: Any = sample | {"image": resize_image(image, sides(image.shape), antialias=True)}
-    if "disparity" in sample:
-        label = [small[name] for name in ("disparity", "valid", "sky")]
-        small |= dict(zip(("disparity", "valid", "sky"), resize_label(*label, sides(label[0].shape)), strict=True))
+    if has_label(sample):
+        size = sides(sample["disparity"].shape)
+        label = resize_label(sample["disparity"], sample["valid"], sample["sky"], size)
+        small |= dict(zip(("disparity", "valid", "sky"), label, strict=True))
     return small

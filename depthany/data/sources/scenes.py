@@ -35,7 +35,13 @@ class Scenes:
 
     def identity(self) -> dict[str, Any]:
         """What the packed set depends on; not the number, so that a longer set goes on where a shorter one ended."""
-        return {"generator": GENERATOR, "style": self.style, "seed": self.scene_seed, "size": self.size, "labelled": self.labelled}
+        return {
+            "generator": GENERATOR,
+            "style": self.style,
+            "seed": self.scene_seed,
+            "size": self.size,
+            "labelled": self.labelled,
+        }
 
     def prepare(self) -> None:
         """Nothing to fetch."""

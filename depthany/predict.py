@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 GAP_PX = 50  # white bar between photo and map, as the official run.py
 SAVES = {"npy": ".npy", "npz": ".npz", "png16": ".disparity16.png"}
 WEIGHTS = "model.safetensors"
@@ -53,6 +52,8 @@ def find_photos(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
     Returns:
         The root of each photo, by absolute path: the folder named or the photo's own.
     """
+    from depthany.data.sources.photos import SUFFIXES  # loads numpy and OpenCV: after the flags are parsed
+
     out = Path(os.path.abspath(outdir))
     roots: dict[Path, Path] = {}
 
@@ -66,7 +67,7 @@ def find_photos(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
             found = [
                 path
                 for path in sorted(inside)
-                if path.lower().endswith(IMAGE_SUFFIXES)
+                if os.path.splitext(path)[1].lower() in SUFFIXES
                 and os.path.isfile(path)
                 and earlier not in Path(os.path.abspath(path)).parents
             ]

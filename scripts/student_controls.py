@@ -4,12 +4,11 @@ python scripts/student_controls.py --runs runs/controls --seeds 0 1 2 --jobs 2
 
 Every arm takes the same number of optimizer steps from scratch:
 
-  teacher            labelled style a
+  teacher            labelled style a, flips only; so it is also the control "as many steps on labelled data alone"
   student            style b with the teacher's pseudo-labels, as `stage=student` does: flips only
-  student, strong    the same with V1's strong perturbation
-  labelled           style a again, from another seed: does a second try do as well?
-  labelled, strong   style a with the strong perturbation: does the perturbation do as well?
+  labelled, strong   style a with V1's strong perturbation: does the perturbation alone do as well?
   truth              style b with its true labels: the ceiling
+  student, strong    the student with V1's strong perturbation
 
 Finished runs are kept, so a stopped call goes on. Prints AbsRel on unseen scenes of both styles.
 """
@@ -27,10 +26,9 @@ from pathlib import Path
 ARMS = {
     "teacher": ["stage=teacher"],
     "student": ["stage=student", "task.teacher_ckpt={teacher}"],
-    "student, strong": ["stage=student", "augment=strong", "task.teacher_ckpt={teacher}"],
-    "labelled": ["stage=teacher"],
     "labelled, strong": ["stage=teacher", "augment=strong_all"],
     "truth": ["stage=teacher", "data=embedded_truth", "mix.epochs=1"],
+    "student, strong": ["stage=student", "augment=strong", "task.teacher_ckpt={teacher}"],
 }
 
 

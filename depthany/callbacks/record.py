@@ -42,7 +42,7 @@ def read_record(run: Path) -> dict[str, Any]:
     """A run's record; empty where there is none that can be read."""
     try:
         return dict(json.loads((run / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 

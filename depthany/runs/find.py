@@ -7,6 +7,7 @@ import torch
 from depthany.callbacks.record import WEIGHTS, finished_runs, read_record
 from depthany.config.check import ConfigError
 from depthany.inference.predictor import Predictor
+from depthany.models.depth_model import DepthModel
 from depthany.models.weights import load_weights, weights_hash
 
 
@@ -46,10 +47,22 @@ def find_weights(
     return max(like, key=lambda run: like[run]) / WEIGHTS  # the first, which is the last finished, among the most alike
 
 
+def open_weights(path: Path) -> tuple[DepthModel, dict[str, str]]:
+    """The model of a weights file, and the file's metadata.
+
+    Raises:
+        ConfigError: it is no weights file of ours.
+    """
+    try:
+        return load_weights(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def open_model(spec: str, runs: Path, *, device: str, stage: str | None) -> tuple[Predictor, str, Path]:
     """A predictor, its name (stage and hash of the weights) and its file."""
     path = find_weights(spec, runs, stage=stage)
-    model, metadata = load_weights(path)
+    model, metadata = open_weights(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"{metadata.get('stage', 'model')}-{weights_hash(model)[:8]}"

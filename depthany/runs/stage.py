@@ -30,14 +30,16 @@ from depthany.inference.predictor import Predictor
 from depthany.inference.rendering import colorize
 from depthany.losses.affine_invariant import kept_mask
 from depthany.losses.total import WeightedSum
-from depthany.models.weights import load_weights, save_weights, weights_hash
+from depthany.models.weights import save_weights, weights_hash
 from depthany.report.run_page import Panel, write_run_page
-from depthany.runs.find import find_weights
+from depthany.runs.find import find_weights, open_weights
 from depthany.runs.label_job import label_shards
 from depthany.runs.scoring import baselines, print_table, score_all
 
 # What may differ between a run and its continuation: it does not change what is learnt.
 FREE = ("paths", "resume", "callbacks", "logger")  # averaged weights are what is kept: callbacks.ema may not
+QUIET = ".*LeafSpec.*|.*does not have many workers.*|.*litlogger.*|.*exists and is not empty.*"
+QUIET += "|.*sync_dist=True.*"  # torchmetrics has summed the scores over the ranks
 FREE_IN_TRAINER = ("devices", "accelerator", "strategy", "max_time", "log_every_n_steps")
 
 
@@ -84,7 +86,8 @@ class Stage:
                 run_dir.mkdir()
                 self.say(f"the run that was here is kept as {aside}")
             return None
-        if not (run_dir / "config.yaml").exists():
+        begun = read_record(run_dir).get("finished") or any((run_dir / "checkpoints").glob("*.ckpt"))
+        if not begun or not (run_dir / "config.yaml").exists():
             return None
         old = plain(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[arg-type]  # it holds a mapping
         if differences := _differences(_learnt(old), _learnt(plain(cfg))):
@@ -104,7 +107,7 @@ class Stage:
         cfg = self.cfg
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*|.*does not have many workers.*|.*litlogger.*")
+        warnings.filterwarnings("ignore", message=QUIET)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
         torch.set_float32_matmul_precision("high")
         if self.main:
@@ -161,7 +164,7 @@ class Stage:
         known = began.get("teacher file", "")
         spec = known if Path(known).is_file() else cfg.task.teacher_ckpt
         path = find_weights(spec, runs, stage="teacher", data=self.data.name, debug=choice("debug"))
-        teacher, _ = load_weights(path)
+        teacher, _ = open_weights(path)
         name = f"teacher-{weights_hash(teacher)[:8]}"
         if name != began.get("teacher", name):
             raise ConfigError(
@@ -192,7 +195,8 @@ class Stage:
         for callback in callbacks:
             if isinstance(callback, StepCheckpoint):
                 callback.dirpath = str(self.run_dir / "checkpoints")
-        loggers = [self.log, *(build(cfg.logger) or {}).values()]
+        services = {name: node for name, node in (cfg.logger or {}).items() if node is not None}
+        loggers = [self.log, *(build(n, save_dir=n.save_dir or str(self.run_dir)) for n in services.values())]
         trainer_cfg = dict(plain(cfg.trainer))
         trainer_cfg.pop("_target_")
         self.trainer = pl.Trainer(
@@ -220,6 +224,8 @@ class Stage:
         except SIGTERMException as error:  # Lightning would exit with 0, as if the run were complete
             self.say("stopped by SIGTERM; the same command goes on from the last checkpoint")
             raise SystemExit(128 + signal.SIGTERM) from error
+        if torch.distributed.is_initialized():  # the rest is rank 0's: its scores must not wait for the others
+            torch.distributed.destroy_process_group()
 
     def keep_weights(self) -> None:
         """The final weights with what they are, as model.safetensors."""

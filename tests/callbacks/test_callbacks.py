@@ -378,7 +378,8 @@ def test_more_than_the_limit_stops_the_run_in_words(tmp_path):
     log = SkipLog(run_dir=tmp_path, limit=0.1, packed=[])
     end_batch(log, skips(*map(str, range(10))), used=10)  # ten are always allowed
     end_batch(log, skips("10"), used=110)  # 11 of 110: not more than a tenth
-    with pytest.raises(RuntimeError, match=r"12 of 118 samples .* data\.skip_limit=0\.1; see .*skipped\.csv.*photos/11"):
+    words = r"12 of 118 samples .* data\.skip_limit=0\.1; see .*skipped\.csv.*photos/11"
+    with pytest.raises(RuntimeError, match=words):
         end_batch(log, skips("11"), used=118)
     assert len(listed(tmp_path)) == 13
 

@@ -1,8 +1,6 @@
 """Runs as users start them: real processes, killed, started again, refused. One smoke run is fast; the rest is slow."""
 
 import csv
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -10,42 +8,63 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from depthany.callbacks.record import read_record, write_json
+from depthany.config.build import build
+from depthany.config.check import ConfigError, plain
+from depthany.config.launch import compose
+from depthany.data.labels import LabelPlan
+from depthany.data.sources.packed import Packed
+from depthany.data.sources.scenes import Scenes
+from depthany.inference.predictor import Predictor
+from depthany.runs.find import find_weights, open_model
+from depthany.runs.label_job import label_shards
+from depthany.runs.stage import _differences, _learnt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
-FEW = ["data.limit=64", "trainer.limit_val_batches=2", "trainer.val_check_interval=5", "trainer.log_every_n_steps=1"]
+FEW = ["data.limit=48", "trainer.limit_val_batches=2", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
 FEW += ["callbacks.checkpoint.every_steps=3"]
-TEACHER = ["stage=teacher", "optim.teacher_epochs=2", *FEW]
+TEACHER = ["stage=teacher", "optim.teacher_epochs=3", *FEW]  # 18 steps
+STUDENT_V1 = ["stage=student", "recipe=v1", "optim.student_epochs=2", *FEW]  # 24 steps
+STUDENT_V2 = ["stage=student", "optim.student_epochs=3", *FEW]  # 18 steps
 TIMINGS = {"images_per_s", "data_wait"}
 
 
-def start(verb: str, *arguments: str, runs: Path, **kwargs) -> subprocess.Popen[str]:
-    """A verb in a process group of its own, so that its loader workers can be killed with it."""
+def start(verb: str, *arguments: str, runs: Path) -> subprocess.Popen[str]:
+    """A verb in a process group of its own, so that its loader workers and other ranks can be killed with it."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RANK", "LOCAL_RANK", "WORLD"))}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", f"depthany.{verb}", f"paths.runs={runs}", *arguments]
-    pipe = subprocess.PIPE
     runs.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        command, cwd=runs, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **kwargs
+        command,
+        cwd=runs,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
 def call(verb: str, *arguments: str, runs: Path, code: int = 0) -> str:
-    """The verb's output, standard error included; it ends with `code` in time."""
+    """The verb's output; it ends with `code`, in time."""
     process = start(verb, *arguments, runs=runs)
     try:
-        out, err = process.communicate(timeout=LIMIT_S)
+        output, _ = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         kill(process)
         pytest.fail(f"{verb} {arguments} did not end in {LIMIT_S} s")
-    assert process.returncode == code, out + err
-    return out + err
+    assert process.returncode == code, output
+    return output
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -54,7 +73,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def only_run(runs: Path, stage: str) -> Path:
-    (folder,) = runs.glob(f"{stage}-*")
+    (folder,) = (p for p in runs.glob(f"{stage}-*") if not p.name.startswith("teacher-other"))
     return folder
 
 
@@ -62,26 +81,21 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.ckpt"))
 
 
-def killed(*arguments: str, runs: Path, at_step: int, after_s: float) -> None:
+def killed(stage: str, *arguments: str, runs: Path, at_step: int, after_s: float) -> None:
     """Starts, waits for the checkpoint of a step, a moment longer, then SIGKILLs the whole group."""
     process = start("train", *arguments, runs=runs)
-    stage = next(a for a in arguments if a.startswith("stage=")).removeprefix("stage=")
     ends = time.monotonic() + LIMIT_S
     while process.poll() is None and time.monotonic() < ends:
-        found = [s for folder in runs.glob(f"{stage}-*") for s in steps(folder)]
-        if found and max(found) >= at_step:
+        if any(step >= at_step for folder in runs.glob(f"{stage}-callbacks*") for step in steps(folder)):
             break
         time.sleep(0.002)
     time.sleep(after_s)
+    assert process.poll() is None, process.communicate()[0]
     kill(process)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def same_bits(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -91,39 +105,392 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if v and k not in TIMINGS} for row in csv.DictReader(file)]
 
 
-@pytest.fixture(scope="session")
+def add_teacher(runs: Path, run: Path, name: str, **record: str) -> Path:
+    """A copy of a finished teacher among the runs."""
+    shutil.copytree(run, runs / name, ignore=shutil.ignore_patterns("checkpoints"))
+    write_json(runs / name / "record.json", read_record(run) | record)
+    return runs / name
+
+
+@pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
+    """Packed once for all runs."""
     return f"paths.shards={tmp_path_factory.mktemp('shards')}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory, shards) -> Path:
+    """A finished teacher of two steps."""
+    runs = tmp_path_factory.mktemp("smoke")
+    call("train", "stage=teacher", "debug=smoke", shards, runs=runs)
+    return only_run(runs, "teacher")
+
+
+@pytest.fixture(scope="module")
 def teacher(tmp_path_factory, shards) -> Path:
-    """A finished teacher of TEACHER, never interrupted."""
+    """A finished teacher, never interrupted."""
     runs = tmp_path_factory.mktemp("teacher")
     call("train", *TEACHER, shards, runs=runs)
     return only_run(runs, "teacher")
 
 
-# Resume
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, shards, teacher) -> Path:
+    """A finished student of recipe V1 on the teacher's stored labels, never interrupted."""
+    runs = tmp_path_factory.mktemp("student")
+    call("train", *STUDENT_V1, f"task.teacher_ckpt={teacher}", shards, runs=runs)
+    return only_run(runs, "student")
 
 
-def interrupted_equals_whole(whole: Path, command: list[str], runs: Path, *, seed: int) -> Path:
+def test_a_run_leaves_weights_record_rows_and_page(smoke):
+    files = {p.name for p in smoke.iterdir()}
+    assert files == {
+        "checkpoints",
+        "config.yaml",
+        "metrics.csv",
+        "model.safetensors",
+        "record.json",
+        "report.html",
+        "skipped.csv",
+    }
+    record = read_record(smoke)
+    assert record["stage"] == "teacher" and record["finished"] and record["facts"]["optimizer steps"] == "2"
+    assert {row["model"] for row in record["table"]} == {"constant", "image row", "mean map", "teacher"}
+    assert steps(smoke) == [1, 2]
+
+
+# (a) Resume
+
+
+def interrupted_equals_whole(whole: Path, command: list[str], runs: Path, *, seed: int, kills: int) -> None:
+    """Killed at random moments, with another number of loader workers each time: the same bits and rows."""
     rng = random.Random(seed)
     stage = command[0].removeprefix("stage=")
-    workers = [f"data.num_workers={n}" for n in rng.sample([0, 1, 0, 1], 3)]
     last = max(steps(whole))
-    moments = [rng.randrange(3, last // 2, 3), rng.randrange(last // 2, last)]
-    for worker, at_step in zip(workers, moments, strict=False):
-        killed(*command, worker, runs=runs, at_step=at_step, after_s=rng.uniform(0, 0.12))
-        assert not list(runs.glob(f"{stage}-*/model.safetensors")), "killed too late to prove anything"
-    output = call("train", *command, workers[-1], runs=runs)
+    for turn in range(kills):
+        at_step = rng.randint(1 + turn * last // (2 * kills), (turn + 1) * last // (2 * kills))
+        workers = f"data.num_workers={turn % 2}"
+        killed(stage, *command, workers, runs=runs, at_step=at_step, after_s=rng.uniform(0.01, 0.12))
+        assert not list(runs.glob(f"{stage}-callbacks*/model.safetensors")), "killed too late to prove anything"
+        if stage == "student":  # a newer teacher must not take over in the middle
+            add_teacher(runs, next(runs.glob("teacher-first")), f"teacher-other{turn}", finished=f"2099-01-0{turn + 1}")
+            shutil.copy(whole / "model.safetensors", runs / f"teacher-other{turn}")
+    output = call("train", *command, f"data.num_workers={kills % 2}", runs=runs)
     assert "going on from" in output
-    run = only_run(runs, stage)
+    run = next(runs.glob(f"{stage}-callbacks*"))
     assert same_bits(run, whole)
     assert rows(run) == rows(whole)
-    return run
 
 
 @pytest.mark.slow
-def test_a_killed_teacher_goes_on_as_if_nothing_had_been(teacher, shards, tmp_path):
-    interrupted_equals_whole(teacher, [*TEACHER, shards], tmp_path, seed=1)
+def test_a_killed_teacher_ends_as_if_nothing_had_been(teacher, shards, tmp_path):
+    interrupted_equals_whole(teacher, [*TEACHER, shards], tmp_path, seed=1, kills=2)
+
+
+@pytest.mark.slow
+def test_a_killed_student_ends_as_if_nothing_had_been(student, teacher, shards, tmp_path):
+    add_teacher(tmp_path, teacher, "teacher-first")
+    interrupted_equals_whole(student, [*STUDENT_V1, shards], tmp_path, seed=2, kills=2)
+
+
+@pytest.mark.slow
+def test_so_does_a_student_without_averaged_weights(teacher, shards, tmp_path):
+    command = [*STUDENT_V2, "callbacks.ema=null", shards]
+    for runs in (tmp_path / "whole", tmp_path / "killed"):
+        runs.mkdir()
+        add_teacher(runs, teacher, "teacher-first")
+    call("train", *command, runs=tmp_path / "whole")
+    whole = next((tmp_path / "whole").glob("student-callbacks*"))
+    interrupted_equals_whole(whole, command, tmp_path / "killed", seed=3, kills=1)
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_last_checkpoint_and_one_with_a_damaged_one_end_alike(teacher, shards, tmp_path):
+    """Both go on by themselves, and the damaged file is named."""
+    run = tmp_path / teacher.name
+    shutil.copytree(teacher, run)
+    for name in ("record.json", "model.safetensors", "report.html"):
+        (run / name).unlink()
+    newest = run / "checkpoints" / f"step-{max(steps(run)):08d}.ckpt"
+    call("train", *TEACHER, shards, runs=tmp_path)
+    assert same_bits(run, teacher) and rows(run) == rows(teacher)
+
+    (run / "record.json").unlink()
+    newest.write_bytes(newest.read_bytes()[:2000])
+    output = call("train", *TEACHER, shards, runs=tmp_path)
+    assert f"damaged checkpoints are passed over: {newest.name}" in output
+    assert same_bits(run, teacher) and rows(run) == rows(teacher)
+
+
+@pytest.mark.slow
+def test_a_terminated_run_says_so_and_does_not_exit_with_0(shards, tmp_path):
+    process = start("train", "stage=teacher", "data.limit=48", "optim.teacher_epochs=400", shards, runs=tmp_path)
+    ends = time.monotonic() + LIMIT_S
+    while not list(tmp_path.glob("teacher-*/metrics.csv")) and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 143, output
+    assert "the same command goes on" in output
+    assert not list(tmp_path.glob("teacher-*/model.safetensors"))
+
+
+# (b) Seeds
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(smoke, shards, tmp_path):
+    command = ["stage=teacher", "debug=smoke", shards]
+    run = tmp_path / smoke.name
+    shutil.copytree(smoke, run)
+    (run / "mine.txt").write_text("kept")
+    output = call("train", *command, "resume=never", runs=tmp_path)
+    aside = run.with_name(f"{run.name}~1")
+    assert f"is kept as {aside}" in output
+    assert (aside / "mine.txt").exists() and not (run / "mine.txt").exists()
+    assert same_bits(run, aside) and rows(run) == rows(aside)
+
+    call("train", *command, "seed=1", runs=tmp_path)
+    assert not same_bits(tmp_path / smoke.name.replace("seed0", "seed1"), smoke)
+
+
+# (c) Two processes
+
+
+def close(one: Path, other: Path) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    for name in a:
+        assert_close(a[name], b[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(teacher, student, shards, tmp_path):
+    """The same samples in every step, CutMix partners and feature alignment included."""
+    call("train", *TEACHER, shards, "trainer=ddp_cpu", runs=tmp_path)
+    close(tmp_path / teacher.name, teacher)
+    given = f"task.teacher_ckpt={teacher}"
+    call("train", *STUDENT_V1, given, shards, "trainer=ddp_cpu", runs=tmp_path)
+    close(only_run(tmp_path, "student"), student)
+    for stage, whole in (("teacher", teacher), ("student", student)):
+        run = only_run(tmp_path, stage)
+        assert [row["samples_seen"] for row in rows(run)] == [row["samples_seen"] for row in rows(whole)]
+        assert read_record(run)["facts"]["images seen"] == read_record(whole)["facts"]["images seen"]
+
+
+# (d) The folder
+
+
+@pytest.mark.slow
+def test_a_folder_belongs_to_one_config(smoke, shards, tmp_path):
+    run = tmp_path / smoke.name
+    shutil.copytree(smoke, run)
+    command = ["stage=teacher", "debug=smoke", shards]
+    assert "was finished on" in call("train", *command, runs=tmp_path)  # and ends well
+
+    here = f"hydra.run.dir={run}"
+    output = call("train", *command, here, "optim.head_lr=0.5", runs=tmp_path, code=2)
+    assert "optim.head_lr is 0.5 now, was 0.002" in output and "resume=never" in output
+
+
+def test_what_is_learnt_may_not_change_and_the_rest_may():
+    def learnt(*overrides):
+        return _learnt(plain(compose("train", ["stage=teacher", *overrides])))
+
+    for free in (
+        "paths.runs=elsewhere",
+        "logger=wandb",
+        "callbacks.checkpoint.every_steps=7",
+        "callbacks.throughput=null",
+        "trainer.max_time=00:01:00:00",
+        "trainer.log_every_n_steps=1",
+        "trainer=ddp_cpu",
+        "data.num_workers=0",
+    ):
+        assert _differences(learnt(), learnt(free)) == [], free
+    for option, old, new in (
+        ("optim.head_lr", 0.002, 0.5),
+        ("callbacks.ema.decay", 0.99, 0.5),
+        ("model.features", 24, 32),
+        ("data.limit", None, 8),
+        ("trainer.precision", "32-true", "bf16-mixed"),
+        ("seed", 0, 1),
+    ):
+        assert _differences(learnt(), learnt(f"{option}={new}")) == [f"{option} is {new!r} now, was {old!r}"]
+    assert "callbacks.ema is None now" in _differences(learnt(), learnt("callbacks.ema=null"))[0]
+
+
+# (e) The teacher of a student
+
+
+@pytest.mark.slow
+def test_a_student_without_a_teacher_is_told_how_to_get_one(shards, tmp_path):
+    output = call("train", "stage=student", "debug=smoke", shards, runs=tmp_path, code=2)
+    assert "no finished teacher under" in output and "stage=teacher" in output and "task.teacher_ckpt" in output
+    assert "Traceback" not in output
+
+
+def test_the_last_finished_teacher_of_the_same_data_is_taken(tmp_path):
+    def finish(name, when, data="embedded", debug=None, stage="teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        write_json(tmp_path / name / "record.json", {"stage": stage, "data": data, "debug": debug, "finished": when})
+
+    finish("first", "2026-01-01 10:00:00")
+    finish("second", "2026-01-01 11:00:00")
+    finish("real", "2026-01-01 12:00:00", data="real_sample")
+    finish("smoke", "2026-01-01 13:00:00", debug="smoke")
+    finish("student", "2026-01-01 14:00:00", stage="student")
+    (tmp_path / "gone").mkdir()
+    write_json(tmp_path / "gone" / "record.json", {"stage": "teacher", "data": "embedded", "finished": "2026-02-01"})
+
+    def found(**wanted):
+        return find_weights("last", tmp_path, **{"stage": "teacher", "data": "embedded", "debug": None} | wanted).parent
+
+    assert found().name == "second"
+    assert found(data="real_sample").name == "real"
+    assert found(debug="smoke").name == "smoke"
+    assert found(stage="student").name == "student"
+    assert find_weights("last", tmp_path, stage=None).parent.name == "student"
+    assert find_weights(str(tmp_path / "first"), tmp_path, stage="teacher").parent.name == "first"
+
+
+@pytest.mark.parametrize("spec", ["nowhere", "empty", "empty/model.safetensors", "last"])
+def test_weights_that_are_not_there_are_named(spec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    named = spec if spec == "last" else str(tmp_path / spec)
+    with pytest.raises(ConfigError, match="no finished teacher" if spec == "last" else spec):
+        find_weights(named, tmp_path, stage="teacher")
+
+
+@pytest.mark.slow
+def test_a_student_says_whose_labels_it_learns_from(smoke, shards, tmp_path):
+    add_teacher(tmp_path, smoke, "teacher-first", finished="2026-01-01 10:00:00")
+    add_teacher(tmp_path, smoke, "teacher-second", finished="2026-01-01 11:00:00")
+    output = call("train", "stage=student", "debug=smoke", shards, runs=tmp_path)
+    name = f"teacher-{read_record(smoke)['facts']['weights'][:8]}"
+    assert f"teacher: {tmp_path / 'teacher-second' / 'model.safetensors'} ({name})" in output.replace("\n", "")
+    facts = read_record(only_run_of_student(tmp_path))["facts"]
+    assert facts["teacher"] == name
+
+
+def only_run_of_student(runs: Path) -> Path:
+    (run,) = runs.glob("student-*")
+    return run
+
+
+# (f) The label job
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_the_label_job_makes_what_is_missing_and_nothing_else(smoke, tmp_path):
+    limit = ["data.limit=250", f"teacher={smoke}", f"paths.shards={tmp_path / 'shards'}"]  # three shards
+    output = call("pseudo_label", *limit, runs=tmp_path)
+    assert "3 shards labelled" in output and "0 images damaged" in output
+    first = contents(tmp_path / "shards")
+    labels = sorted(name for name in first if ".teacher-" in name)
+    assert len(labels) == 6  # a tar and an index each
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*")}
+
+    call("pseudo_label", *limit, runs=tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*")} == times  # nothing was written
+
+    for name in labels:
+        (tmp_path / "shards" / name).unlink()
+    process = start("pseudo_label", *limit, runs=tmp_path)
+    ends = time.monotonic() + LIMIT_S
+    while not list((tmp_path / "shards").rglob(".*.part")) and time.monotonic() < ends:
+        time.sleep(0.002)
+    time.sleep(0.05)
+    kill(process)
+    left = {k: v for k, v in contents(tmp_path / "shards").items() if not k.endswith(".part")}
+    assert left.items() <= first.items() and len(left) < len(first)  # whole shards, or none
+    call("pseudo_label", *limit, runs=tmp_path)
+    assert {k: v for k, v in contents(tmp_path / "shards").items() if not k.endswith(".part")} == first
+
+
+def test_labels_that_are_missing_torn_or_of_other_options_are_made_again(tmp_path):
+    torch.manual_seed(0)
+    teacher = build(compose("train", ["stage=teacher"]).model)
+    predictor = Predictor(model=teacher, device="cpu", precision="fp32")
+    labels = LabelPlan(mode="offline", codec="png16", input_size=None, batch_size=4, precision="fp32")
+
+    def packed(count: int) -> Packed:
+        source = Scenes(name="b", style="b", num_scenes=count, scene_seed=2, size=32, labelled=False)
+        source = Packed(source=source, root=str(tmp_path), samples_per_shard=4, short_side=None)
+        source.prepare()
+        return source
+
+    def label(source: Packed, plan: LabelPlan = labels) -> dict[str, bytes]:
+        assert label_shards(predictor, source.tars, teacher="teacher-1", plan=plan) == []
+        return contents(tmp_path)
+
+    first = label(packed(10))  # shards of 4, 4 and 2
+    made = sorted(name for name in first if ".teacher-1." in name)
+    assert len(made) == 6
+    for name in made[:2]:
+        (tmp_path / name).unlink()
+    (tmp_path / made[3]).write_bytes(first[made[3]][:700])  # half a tar after a crash of the machine
+    (tmp_path / made[4]).write_bytes(b"{")
+    assert label(packed(10)) == first
+
+    other = label(packed(10), replace(labels, codec="png8"))
+    assert all((other[name] == first[name]) == (name not in made) for name in first)
+    assert label(packed(10)) == first
+
+    longer = label(packed(12))  # the last shard has new images: it is labelled again, the others are kept
+    changed = {name for name in first if longer[name] != first[name]}
+    assert changed == {name for name in first if "-000002." in name}
+    source = packed(12)
+    source.teacher = "teacher-1"
+    source.open()
+    assert all("disparity" in source.read(i) for i in range(12))
+
+
+# (g) Evaluation
+
+
+@pytest.mark.slow
+def test_evaluation_takes_run_folders_and_files(smoke, shards, tmp_path):
+    file = shutil.copy(smoke / "model.safetensors", tmp_path / "mine.safetensors")
+    output = call("evaluate", f"checkpoint=[{smoke},{file}]", "limit=4", shards, runs=tmp_path)
+    name = f"teacher-{read_record(smoke)['facts']['weights'][:8]}"
+    for word in ("AbsRel", "delta1", "negative scale", "constant", "image row", "mean map", name):
+        assert word in output
+
+
+@pytest.mark.slow
+def test_a_missing_checkpoint_is_told_in_words(shards, tmp_path):
+    output = call("evaluate", "checkpoint=nowhere", shards, runs=tmp_path, code=2)
+    assert "nowhere is neither a weights file nor a run folder" in output and "Traceback" not in output
+
+
+def test_a_broken_weights_file_is_told_in_words(tmp_path):
+    (tmp_path / "mine.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="mine.safetensors is not a .safetensors file"):
+        open_model(str(tmp_path / "mine.safetensors"), tmp_path, device="cpu", stage=None)
+
+
+# (h) Every other way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["recipe=v1", "labels=online", "callbacks.ema=null"],
+        ["recipe=v1", "trainer.precision=bf16-mixed", "labels.precision=bf16"],
+        ["labels=online", "trainer.precision=bf16-mixed"],
+        ["logger=wandb", "trainer.accumulate_grad_batches=2", "data.num_workers=0"],
+    ],
+    ids=lambda choices: " ".join(choices),
+)
+def test_every_other_way_runs(choices, smoke, shards, tmp_path):
+    add_teacher(tmp_path, smoke, "teacher-first")
+    call("train", "stage=student", "debug=smoke", *choices, shards, runs=tmp_path)
+    run = only_run_of_student(tmp_path)
+    assert read_record(run)["finished"] and (run / "model.safetensors").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"teacher-first", run.name}  # nothing beside the run folder

@@ -96,7 +96,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     io, path = AtomicCheckpointIO(), tmp_path / "step-00000001.ckpt"
     io.save_checkpoint(content(), path)
     before = path.read_bytes()
-    with pytest.raises(Exception, match="pickle|lambda"):
+    with pytest.raises(Exception, match=r"pickle|lambda"):
         io.save_checkpoint(content(2.0, callback=lambda: None), path)
     assert path.read_bytes() == before
 
@@ -123,7 +123,7 @@ class Runs:
 def test_loading_runs_no_code(tmp_path):
     path = tmp_path / "step-00000001.ckpt"
     torch.save(content(extra=Runs(tmp_path / "ran")), path)
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
         AtomicCheckpointIO().load_checkpoint(path)
     assert newest_checkpoint(tmp_path) == (None, [path.name])
     assert not (tmp_path / "ran").exists()

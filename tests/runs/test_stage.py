@@ -470,7 +470,7 @@ def test_a_missing_checkpoint_is_told_in_words(shards, tmp_path):
 
 def test_a_broken_weights_file_is_told_in_words(tmp_path):
     (tmp_path / "mine.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="mine.safetensors is not a .safetensors file"):
+    with pytest.raises(ConfigError, match=r"mine\.safetensors is not a \.safetensors file"):
         open_model(str(tmp_path / "mine.safetensors"), tmp_path, device="cpu", stage=None)
 
 

@@ -186,9 +186,8 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path):
         def on_validation_epoch_end(self):
             events.append(f"validate {self.global_step}")
 
-    run = trainer(
-        tmp_path, StepCheckpoint(every_steps=2, keep=2), val_check_interval=4, check_val_every_n_epoch=None
-    )
+    checkpoint = StepCheckpoint(every_steps=2, keep=2)
+    run = trainer(tmp_path, checkpoint, val_check_interval=4, check_val_every_n_epoch=None)
     run.strategy.checkpoint_io = Watched()
     run.fit(Net2(), loader(8), loader(1))
     assert events == ["save 2", "validate 4", "save 4", "save 6", "validate 8", "save 8"]
@@ -242,7 +241,7 @@ def test_every_row_is_on_disk_at_once(tmp_path):
 def test_a_row_grows_and_new_columns_join(tmp_path):
     log = MetricsCsv(run_dir=tmp_path)
     log.log_metrics({"loss": 123456.0}, 0)
-    log.log_metrics({"loss": 2.0}, 1)
+    log.log_metrics({"loss": 2.125}, 1)
     log.log_metrics({"loss": 3.0}, 1)  # said again, and shorter
     log.log_metrics({"val/a": 0.5}, 1)
     log.log_metrics({"loss": 4.0, "val/a": 0.25}, 2)

@@ -38,7 +38,9 @@ def run_arm(runs: Path, arm: str, seed: int, teacher: Path | None, extra: list[s
     arguments = [a.format(teacher=teacher) for a in ARMS[arm]] + [f"seed={seed + other}", f"paths.runs={runs}", *extra]
     log = runs / f"{arm.replace(', ', '-')}-{seed}.log"
     with open(log, "w", encoding="utf-8") as out:
-        code = subprocess.call([sys.executable, "-m", "depthany.train", *arguments], stdout=out, stderr=subprocess.STDOUT)
+        code = subprocess.call(
+            [sys.executable, "-m", "depthany.train", *arguments], stdout=out, stderr=subprocess.STDOUT
+        )
     found = re.search(r"^run folder: (.+)$|^(.+) was finished on", log.read_text(encoding="utf-8"), re.MULTILINE)
     if code or not found:
         raise SystemExit(f"{arm}, seed {seed} failed: see {log}")

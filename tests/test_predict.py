@@ -120,9 +120,7 @@ def test_only_the_map_in_grey_of_the_newest_run(
     assert (picture == picture[..., :1]).all() and np.ptp(picture) == 255
 
 
-def test_nothing_written_is_an_error(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_nothing_written_is_an_error(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     thin = write_photo(tmp_path / "thin.png", 2, 900)
     (tmp_path / "empty").mkdir()
     names = [str(thin), str(tmp_path / "gone.jpg"), str(tmp_path / "empty")]
@@ -134,9 +132,7 @@ def test_nothing_written_is_an_error(
         assert reason in printed.err
 
 
-def test_a_photo_is_never_overwritten(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_photo_is_never_overwritten(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     photo = write_photo(tmp_path / "x.png")
     before = photo.read_bytes()
     assert main([str(photo), "--checkpoint", str(weights), "--outdir", str(tmp_path)]) == 1
@@ -209,9 +205,7 @@ def test_help_needs_no_torch() -> None:
         (["x.png", "--max-pixels", "-1"], "--max-pixels"),
     ],
 )
-def test_flags_that_make_no_sense(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_flags_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err

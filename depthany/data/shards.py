@@ -124,6 +124,7 @@ class Shard:
             self.keys: list[str] = [row["key"] for row in index["samples"]]
             self.files: list[dict[str, list[int]]] = [row["files"] for row in index["samples"]]
             self.facts: dict[str, Any] = index.get("facts", {})
+            self.sha256 = str(index["sha256"])
             size = int(index["bytes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ShardError(f"{tar}: its index {tar.with_suffix('.json').name} cannot be read ({error})") from error

@@ -17,7 +17,8 @@ def find_weights(
     """The weights file that `spec` names: a file, a run folder, or last.
 
     Args:
-        spec: a path, or last: the last finished run of the stage, one on the same data before any other.
+        spec: a path, or last: the last finished run of the stage, one with the same debug choice before others,
+            then one on the same data.
         runs: where run folders are.
         stage: teacher, student, or None for either.
         data: name of the data set to prefer.
@@ -40,7 +41,7 @@ def find_weights(
             f"paths.runs to where it is, or name its weights (task.teacher_ckpt=, teacher= or checkpoint=)"
         )
     like = {
-        run: (record.get("data") == data) + (record.get("debug") == debug)
+        run: 2 * (record.get("debug") == debug) + (record.get("data") == data)
         for run in found
         if (record := read_record(run))
     }

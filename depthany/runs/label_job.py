@@ -28,27 +28,25 @@ def label_shards(predictor: Predictor, tars: Sequence[Path], *, teacher: str, pl
     """
     damaged: list[str] = []
 
-    def facts(tar: Path) -> dict[str, Any]:
-        made = {"teacher": teacher, "input_size": plan.input_size, "codec": plan.codec, "precision": plan.precision}
-        return made | {"image_bytes": tar.stat().st_size}  # a set that grew has a longer last shard
-
-    missing = [tar for tar in tars if not _is_labelled(tar, teacher, facts(tar))]
+    made = {"teacher": teacher, "input_size": plan.input_size, "codec": plan.codec, "precision": plan.precision}
+    missing = [tar for tar in tars if not _is_labelled(Shard(tar), label_path(tar, teacher), made)]
     for tar in track(missing, f"labelling with {teacher}", disable=not missing):
         shard = Shard(tar)
-        write_shard(label_path(tar, teacher), _labels(shard, predictor, plan, damaged), facts=facts(tar))
+        facts = made | {"images": shard.sha256}
+        write_shard(label_path(tar, teacher), _labels(shard, predictor, plan, damaged), facts=facts)
         shard.close()
     return damaged
 
 
-def _is_labelled(tar: Path, teacher: str, facts: dict[str, Any]) -> bool:
-    path = label_path(tar, teacher)
+def _is_labelled(images: Shard, path: Path, made: dict[str, Any]) -> bool:
+    """Whether the label shard is whole, made this way, and of these very images (a set that grew is not)."""
     if not path.with_suffix(".json").exists():
         return False
     try:
         there = Shard(path)
     except ShardError:
         return False  # half there after a crash of the machine: made again
-    return there.facts == facts and set(there.keys) <= set(Shard(tar).keys)
+    return there.facts == made | {"images": images.sha256}
 
 
 def _labels(shard: Shard, predictor: Predictor, plan: LabelPlan, damaged: list[str]) -> Iterator[dict[str, Any]]:

@@ -65,7 +65,7 @@ class Stage:
     def is_finished(self) -> bool:
         """Whether this very run was finished before; says so and shows its table."""
         record = read_record(self.run_dir)
-        if not record.get("finished") or "LOCAL_RANK" in os.environ:
+        if not record.get("finished") or self.cfg.resume == "never":  # then only rank 0 has moved the old one away
             return False
         self.say(f"{self.run_dir} was finished on {record['finished']}; to run it again: resume=never, or another seed")
         if self.main and record.get("table"):
@@ -78,7 +78,7 @@ class Stage:
         if is_sweep() and cfg.trainer.devices not in (1, "1", "auto"):
             raise ConfigError("-m runs its jobs in one process: use trainer.devices=1, or a loop of single runs")
         if cfg.resume == "never":
-            if self.main and (run_dir / "config.yaml").exists() and "LOCAL_RANK" not in os.environ:
+            if self.main and (run_dir / "config.yaml").exists():
                 aside = next(
                     p for n in range(1, 10_000) if not (p := run_dir.with_name(f"{run_dir.name}~{n}")).exists()
                 )

@@ -77,9 +77,7 @@ def test_exif_orientation_is_undone_as_pillow_does(format: str, orientation: int
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the decoder, about the damage
 def test_damaged_exif_does_not_cost_the_picture() -> None:
-    data = encoded(
-        Image.fromarray(PHOTO), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffnonsense"
-    )
+    data = encoded(Image.fromarray(PHOTO), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffnonsense")
     assert read_image(data).shape == PHOTO.shape
 
 
@@ -289,9 +287,7 @@ def test_of_the_real_photos_only_the_damaged_one_is_refused(real_root: Path) -> 
 
 
 def test_eight_exif_orientations_show_one_picture(real_root: Path) -> None:
-    photos = PhotoFolder(
-        root=real_root / "unlabelled/odd/exif_orientation", pattern="*", name="exif"
-    )
+    photos = PhotoFolder(root=real_root / "unlabelled/odd/exif_orientation", pattern="*", name="exif")
     small = [
         cv2.resize(photos.read(i)["image"], (90, 60), interpolation=cv2.INTER_AREA).astype(int)
         for i in range(len(photos))

@@ -71,9 +71,7 @@ def test_kitti_keeps_metres_and_holes(real_root: Path) -> None:
 
 def test_sun_rgbd_bits_are_rotated(real_root: Path) -> None:
     sample = source(real_root, "sunrgbd").read(0)
-    assert (
-        depth(sample).min() > 0.5 and depth(sample).max() < 10
-    )  # eight times that if read plainly
+    assert depth(sample).min() > 0.5 and depth(sample).max() < 10  # eight times that if read plainly
 
 
 def test_label_keeps_its_own_size(real_root: Path) -> None:
@@ -115,9 +113,7 @@ def test_far_background_is_sky(real_root: Path) -> None:
 def test_datasets_can_be_chosen(real_root: Path) -> None:
     chosen = source(real_root, "nyuv2", "redwood")
     assert {chosen.group(i) for i in range(len(chosen))} == {"nyuv2", "redwood"}
-    rest = IndexCsv(
-        root=real_root, index="index.csv", include=(), exclude=["nyuv2", "redwood"], name="rest"
-    )
+    rest = IndexCsv(root=real_root, index="index.csv", include=(), exclude=["nyuv2", "redwood"], name="rest")
     assert len(chosen) + len(rest) == 80
     with pytest.raises(ValueError, match="nyu_v2"):
         source(real_root, "nyu_v2")

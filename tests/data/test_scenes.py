@@ -144,18 +144,14 @@ def test_objects_fill_a_good_part_of_the_view(style: str, many: dict[str, list[S
         bare = scene.primitives[:1]
         eye = (0.0, scene.camera["height_m"], 0.0)
         pixels = [(row, column) for row in range(3, 56, 7) for column in range(3, 56, 7)]
-        empty = [
-            _first_hit(bare[0], eye, _ray(scene.camera, 56, row, column)) for row, column in pixels
-        ]
+        empty = [_first_hit(bare[0], eye, _ray(scene.camera, 56, row, column)) for row, column in pixels]
         full = [scene.depth[pixel] for pixel in pixels]
         shares.append(np.mean([f < 0.999 * e for f, e in zip(full, empty, strict=True)]))
     assert np.median(shares) > 0.1 and np.mean(np.array(shares) > 0.02) > 0.9
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_camera_is_inside_the_room_and_outside_everything_else(
-    style: str, many: dict[str, list[Scene]]
-) -> None:
+def test_the_camera_is_inside_the_room_and_outside_everything_else(style: str, many: dict[str, list[Scene]]) -> None:
     for scene in many[style]:
         shell, *bodies = scene.primitives
         height_m = scene.camera["height_m"]

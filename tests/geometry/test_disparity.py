@@ -38,9 +38,7 @@ def test_disparity_keeps_zero_unless_listed():
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.float16])
 def test_arithmetic_is_in_float32(dtype):
     values = torch.tensor([[200, 3]]).to(dtype)
-    disparity, valid, _ = to_disparity(
-        values, quantity=Quantity.DEPTH, **(PLAIN | {"scale": 0.01, "factor": 1000.0})
-    )
+    disparity, valid, _ = to_disparity(values, quantity=Quantity.DEPTH, **(PLAIN | {"scale": 0.01, "factor": 1000.0}))
     assert disparity.dtype == torch.float32 and valid.all()
     assert_close(disparity, torch.tensor([[500.0, 1000 / 0.03]]))
 
@@ -77,9 +75,7 @@ def test_codes_are_compared_before_scaling_and_sky_above_after():
 
 def test_a_plane_seen_as_distance_has_one_disparity():
     rays = ray_norms(6, 8, 10.0, 4.0, 3.0)
-    disparity, valid, _ = to_disparity(
-        5 * rays, quantity=Quantity.DISTANCE, **(PLAIN | {"rays": rays})
-    )
+    disparity, valid, _ = to_disparity(5 * rays, quantity=Quantity.DISTANCE, **(PLAIN | {"rays": rays}))
     assert valid.all()
     assert_close(disparity, torch.full((6, 8), 0.2))
 

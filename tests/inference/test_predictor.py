@@ -43,9 +43,7 @@ def photo(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (56, 56), (61, 83), (20, 300), (300, 20)])
 @pytest.mark.parametrize("input_size", [None, 30])
-def test_the_map_has_the_size_of_the_photo(
-    predictor: Predictor, size: tuple[int, int], input_size: int | None
-) -> None:
+def test_the_map_has_the_size_of_the_photo(predictor: Predictor, size: tuple[int, int], input_size: int | None) -> None:
     depth = predictor.predict(photo(*size), input_size=input_size)
     assert depth.disparity.shape == size
     assert depth.disparity.dtype == np.float32
@@ -78,9 +76,7 @@ def test_bf16_is_near_fp32(model: DepthModel, predictor: Predictor) -> None:
 
 def test_weights_stored_in_half_precision_work(model: DepthModel) -> None:
     stored = DepthModel(**model.config()).half()
-    depth = Predictor(model=stored, device="cpu", precision="fp32").predict(
-        photo(56, 56), input_size=None
-    )
+    depth = Predictor(model=stored, device="cpu", precision="fp32").predict(photo(56, 56), input_size=None)
     assert depth.valid.all()
 
 

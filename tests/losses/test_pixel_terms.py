@@ -18,9 +18,7 @@ from depthany.types import DepthOutput, Target
 
 B, H, W = 3, 17, 20
 ALIGNMENTS = ["median", "least_squares"]
-ALL = [
-    (name, alignment) for name in ("data", "data_trimmed", "gradient") for alignment in ALIGNMENTS
-]
+ALL = [(name, alignment) for name in ("data", "data_trimmed", "gradient") for alignment in ALIGNMENTS]
 every_term = pytest.mark.parametrize(("name", "alignment"), ALL)
 
 
@@ -63,9 +61,7 @@ def test_the_factor_of_the_label_does_not_matter(name, alignment):
     pred, target, valid = draw()
     depth = 1 + 10 * target
     one, eighty = (normalise(factor / depth, valid) for factor in (1, 80))
-    assert_close(
-        loss(name, alignment, pred, one, valid), loss(name, alignment, pred, eighty, valid)
-    )
+    assert_close(loss(name, alignment, pred, one, valid), loss(name, alignment, pred, eighty, valid))
 
 
 @every_term
@@ -177,9 +173,7 @@ def test_gradient_term_equals_slow_loop_with_strides_1_2_4_8(alignment):
     for b in range(B):
         total = 0.0
         for stride in (1, 2, 4, 8):
-            pixels = [
-                (i, j) for i in range(0, H, stride) for j in range(0, W, stride) if valid[b, i, j]
-            ]
+            pixels = [(i, j) for i in range(0, H, stride) for j in range(0, W, stride) if valid[b, i, j]]
             differences = 0.0
             for i, j in pixels:
                 for k, m in ((i + stride, j), (i, j + stride)):

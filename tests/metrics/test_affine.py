@@ -46,9 +46,7 @@ def test_equal_to_numpy(cap, sign):
 
 def test_perfect_up_to_scale_and_shift_in_any_unit():
     _, truth, valid = draw()
-    scores = affine_invariant_depth(
-        80 * truth.float() + 3, truth.float(), valid, min_disparity=None
-    )
+    scores = affine_invariant_depth(80 * truth.float() + 3, truth.float(), valid, min_disparity=None)
     assert_close(scores["abs_rel"], torch.zeros(B), rtol=0, atol=1e-4)
     assert scores["delta1"].tolist() == [1, 1, 1]
     assert scores["scored"].all() and not scores["negative_scale"].any()

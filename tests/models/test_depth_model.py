@@ -84,8 +84,6 @@ def test_config_rebuilds_the_model(tiny: dict[str, Any]) -> None:
     ("changes", "words"),
     [({"input_size": 60}, "input_size=60"), ({"taps": (1, 2, 3)}, "four")],
 )
-def test_unsuited_arguments_are_named(
-    tiny: dict[str, Any], changes: dict[str, Any], words: str
-) -> None:
+def test_unsuited_arguments_are_named(tiny: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DepthModel(**tiny | changes)

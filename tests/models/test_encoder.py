@@ -95,9 +95,7 @@ def test_positions_are_float32_under_autocast(wide: Encoder) -> None:
     assert_close(low, wide._positions(20, 30), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("rule", "size"), [("official", (40, 40)), ("timm", (40, 40)), ("timm", (48, 24))]
-)
+@pytest.mark.parametrize(("rule", "size"), [("official", (40, 40)), ("timm", (40, 40)), ("timm", (48, 24))])
 def test_taps_equal_timm(rule: str, size: tuple[int, int]) -> None:
     encoder = build(pos_embed=rule).eval()
     vit = timm.create_model(
@@ -212,9 +210,7 @@ def test_giant_mlp_of_dinov2_under_timms_names() -> None:
         "blocks.0.mlp.w3.weight": torch.randn(8, 12),
         "blocks.0.mlp.w3.bias": torch.randn(8),
     }
-    mlp.load_state_dict(
-        {k.removeprefix("blocks.0.mlp."): v for k, v in rename_swiglu(state).items()}
-    )
+    mlp.load_state_dict({k.removeprefix("blocks.0.mlp."): v for k, v in rename_swiglu(state).items()})
     x = torch.randn(5, 8)
     w12, b12, w3, b3 = state.values()
     x1, x2 = (x @ w12.T + b12).chunk(2, dim=-1)

@@ -158,8 +158,7 @@ def test_the_headline_compares_source_by_source() -> None:
         "On outdoor the student has no score.",
     ]
     assert headline([row("mean map", "a", 0.2), row("teacher", "a", 0.2)], ["teacher"]) == [
-        "On a the teacher scores AbsRel 0.2000: level with the strongest trivial predictor, "
-        "mean map (0.2000)."
+        "On a the teacher scores AbsRel 0.2000: level with the strongest trivial predictor, mean map (0.2000)."
     ]
     alone = [row("teacher", "a", 0.2)]
     assert headline(alone, ["teacher"]) == ["On a the teacher scores AbsRel 0.2000."]
@@ -178,9 +177,7 @@ def test_many_large_pictures_stay_below_a_megabyte(tmp_path: Path) -> None:
     image = np.asarray(coarse.resize((518, 518), Image.Resampling.BICUBIC))
     panels = [Panel(f"a/{i}", [("image", image)] * 5) for i in range(20)]
     none: dict[str, Any] = {"rows": [], "facts": {}, "skipped": []}
-    path = write_run_page(
-        tmp_path, models=["student"], validation=panels, pseudo_labels=panels[:4], **none
-    )
+    path = write_run_page(tmp_path, models=["student"], validation=panels, pseudo_labels=panels[:4], **none)
     assert path.stat().st_size < 1_000_000
 
 

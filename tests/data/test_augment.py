@@ -16,7 +16,13 @@ SHAPES = [(40, 40), (40, 60), (60, 40), (17, 90), (12, 9), (24, 24), (24, 31)]
 def augment(**changes: Any) -> Augment:
     """The strong perturbation on crops of 24 pixels, or only what is named."""
     off = {"flip": 0.0, "jitter": 0.0, "grey": 0.0, "blur": 0.0, "noise": 0.0, "cutmix": 0.0}
-    strength = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.25, "blur_sigma_px": (0.1 * AT_518, 2.0 * AT_518)}
+    strength = {
+        "brightness": 0.5,
+        "contrast": 0.5,
+        "saturation": 0.5,
+        "hue": 0.25,
+        "blur_sigma_px": (0.1 * AT_518, 2.0 * AT_518),
+    }
     return Augment(**{"size": 24, **off, **strength, **changes})
 
 
@@ -158,7 +164,9 @@ def test_strengths_of_zero_and_probabilities() -> None:
 
 def test_blur_keeps_the_mean_and_lowers_the_contrast() -> None:
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
-    view = augment(blur=1.0, blur_sigma_px=(2.0 * AT_518, 2.0 * AT_518))({"image": image, "key": "s/0"}, sample_rng(0, "labelled", 0))
+    view = augment(blur=1.0, blur_sigma_px=(2.0 * AT_518, 2.0 * AT_518))(
+        {"image": image, "key": "s/0"}, sample_rng(0, "labelled", 0)
+    )
     assert abs(view["image"].mean() - view["clean"].mean()) < 5
     assert view["image"].std() < 0.4 * view["clean"].std()
 

@@ -71,12 +71,15 @@ class DepthBatch(TypedDict):
 
 
 class EvalBatch(TypedDict):
-    """One labelled image for validation: the label keeps its own size."""
+    """One labelled image for validation: the label keeps its own size. A damaged one has no maps."""
 
-    image: Tensor  # (1, 3, H, W) float32, ImageNet-normalised, sides multiples of the patch size
-    disparity: Tensor  # (1, h, w) float32, factor / depth, not normalised; 0 where invalid
-    valid: Tensor  # (1, h, w) bool; sky is excluded: it has no depth
+    source: str
     key: list[str]
+    skipped: list[Skip]
+    image: NotRequired[Tensor]  # (1, 3, H, W) float32, ImageNet-normalised, sides multiples of the patch size
+    original: NotRequired[np.ndarray]  # (., ., 3) uint8 RGB, as the source gave it
+    disparity: NotRequired[Tensor]  # (1, h, w) float32, factor / depth, not normalised; 0 where invalid
+    valid: NotRequired[Tensor]  # (1, h, w) bool; sky is excluded: it has no depth
 
 
 class DepthOutput(NamedTuple):

@@ -19,7 +19,7 @@ from depthany.data.labels import has_label
 from depthany.data.order import CursorBatches, EpochOrder, Spot
 from depthany.geometry.disparity import normalise
 from depthany.geometry.resize import lower_bound_size, resize_image
-from depthany.types import IMAGENET_MEAN, IMAGENET_STD, DepthBatch, DepthKind, DepthSample, ImageSample, Skip
+from depthany.types import IMAGENET_MEAN, IMAGENET_STD, DepthBatch, DepthKind, DepthSample, EvalBatch, ImageSample, Skip
 
 
 class Source(Protocol):
@@ -133,7 +133,7 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-class EvalDataset(Dataset[dict[str, Any]]):
+class EvalDataset(Dataset[EvalBatch]):
     """Labelled images for validation: the whole image at the network's size, the label at its own (recipe of V1, V2).
 
     Args:
@@ -150,23 +150,22 @@ class EvalDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.spots)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> EvalBatch:
         source, i = self.spots[index]
-        item: dict[str, Any] = {"key": [source.key(i)], "source": source.name, "skipped": []}
+        item = EvalBatch(source=source.name, key=[source.key(i)], skipped=[])
         try:
             sample = source.read(i)
         except (DecodeError, OSError) as error:
-            return item | {"skipped": [Skip(source.name, source.key(i), str(error))]}
+            item["skipped"] = [Skip(source.name, source.key(i), str(error))]
+            return item
+        if not has_label(sample):
+            raise ValueError(f"{source.key(i)} has no label: sources under data.validation must be labelled")
         sides = lower_bound_size(*sample["image"].shape[:2], size=self.size, multiple=self.multiple)
         image = resize_image(sample["image"].astype(np.float32) / 255, sides, antialias=False)
-        assert has_label(sample), f"{source.key(i)}: no label to validate with"
-        valid = sample["valid"] & ~sample["sky"]
-        return item | {
-            "image": normalise_image(torch.from_numpy(image)[None]),
-            "disparity": torch.from_numpy(sample["disparity"])[None],
-            "valid": torch.from_numpy(valid)[None],
-            "original": sample["image"],
-        }
+        item["image"], item["original"] = normalise_image(torch.from_numpy(image)[None]), sample["image"]
+        item["disparity"] = torch.from_numpy(sample["disparity"])[None]
+        item["valid"] = torch.from_numpy(sample["valid"] & ~sample["sky"])[None]
+        return item
 
 
 def normalise_image(image: Tensor) -> Tensor:
@@ -310,7 +309,7 @@ class DepthData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def val_dataloader(self) -> DataLoader[EvalBatch]:
         """One image at a time; each rank has its own share, none twice."""
         dataset = EvalDataset(
             list(self.validation.values()), size=self.eval_size, multiple=self.eval_multiple, limit=self.limit

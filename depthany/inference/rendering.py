@@ -8,9 +8,6 @@ from functools import cache
 
 import numpy as np
 from matplotlib import colormaps
-from torch import Tensor
-
-from depthany.types import IMAGENET_MEAN, IMAGENET_STD
 
 INVALID_GREY = 48
 WHITE = 255
@@ -80,10 +77,3 @@ def side_by_side(images: Sequence[np.ndarray], gap: int) -> np.ndarray:
         canvas[: image.shape[0], left : left + image.shape[1]] = image
         left += image.shape[1] + gap
     return canvas
-
-
-def to_uint8_image(image: Tensor) -> np.ndarray:
-    """Undoes the ImageNet normalisation: (3, H, W) float to (H, W, 3) uint8, clipped."""
-    pixels = image.detach().float().cpu().numpy().transpose(1, 2, 0)  # (3, H, W) -> (H, W, 3)
-    pixels = pixels * np.array(IMAGENET_STD, np.float32) + np.array(IMAGENET_MEAN, np.float32)
-    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)

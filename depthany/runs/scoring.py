@@ -15,11 +15,12 @@ from depthany.data.module import DepthData, EvalDataset
 from depthany.metrics.affine import DepthScores
 from depthany.metrics.baselines import MeanMap, constant_map, row_ramp
 from depthany.tasks.base import score
+from depthany.types import EvalBatch
 
 Row = dict[str, Any]  # model, source, abs_rel, delta1, negative_scale, images
 
 
-def baselines(data: DepthData) -> dict[str, Callable[[Mapping[str, Any]], Tensor]]:
+def baselines(data: DepthData) -> dict[str, Callable[[EvalBatch], Tensor]]:
     """The trivial predictors; the mean map is that of the labelled training images."""
     mean = MeanMap(size=56)
     for source in data.sources.values():
@@ -39,7 +40,7 @@ def baselines(data: DepthData) -> dict[str, Callable[[Mapping[str, Any]], Tensor
 
 
 def score_all(
-    predictors: Mapping[str, Callable[[Mapping[str, Any]], Tensor]], data: DepthData, *, size: int, multiple: int
+    predictors: Mapping[str, Callable[[EvalBatch], Tensor]], data: DepthData, *, size: int, multiple: int
 ) -> list[Row]:
     """One row for each predictor and validation source."""
     sources = list(data.validation.values())

@@ -13,7 +13,7 @@ from depthany.losses.total import WeightedSum
 from depthany.metrics.affine import DepthScores, affine_invariant_depth
 from depthany.models.depth_model import DepthModel
 from depthany.optim.plan import OptimPlan
-from depthany.types import DepthBatch, Target
+from depthany.types import DepthBatch, EvalBatch, Target
 
 
 class DepthTask(pl.LightningModule):
@@ -66,7 +66,7 @@ class DepthTask(pl.LightningModule):
 
     validation_sources: list[str] = []  # noqa: RUF012  # set by the verb
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         """Affine-invariant AbsRel and delta1 of one image at its label's size."""
         if "image" not in batch:
             return
@@ -108,18 +108,18 @@ class DepthTask(pl.LightningModule):
         self.samples_seen = int(checkpoint["samples_seen"])
 
 
-def at_label_size(pred: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def at_label_size(pred: Tensor, batch: EvalBatch) -> Tensor:
     """(1, H, W) to the label's (1, h, w), bilinear with aligned corners as the official code resizes its output."""
     return interpolate(pred[:, None].float(), batch["disparity"].shape[-2:], mode="bilinear", align_corners=True)[:, 0]
 
 
-def score(pred: Tensor, batch: Mapping[str, Any], max_depth: float | None) -> dict[str, Tensor]:
+def score(pred: Tensor, batch: EvalBatch, max_depth: float | None) -> dict[str, Tensor]:
     """Scores of one prediction (1, H, W) against a label (1, h, w), compared at the label's size."""
     floor = None if max_depth is None else 1 / max_depth
     return affine_invariant_depth(at_label_size(pred, batch), batch["disparity"], batch["valid"], min_disparity=floor)
 
 
-def fitted(pred: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def fitted(pred: Tensor, batch: EvalBatch) -> Tensor:
     """A prediction (1, H, W) at the label's size, with the least-squares scale and shift: for pictures."""
     pred = at_label_size(pred, batch)
     scale, shift = scale_and_shift(pred, batch["disparity"], batch["valid"])

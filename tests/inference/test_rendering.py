@@ -3,10 +3,8 @@
 import matplotlib
 import numpy as np
 import pytest
-import torch
 
-from depthany.inference.rendering import INVALID_GREY, colorize, side_by_side, to_uint8_image
-from depthany.types import IMAGENET_MEAN, IMAGENET_STD
+from depthany.inference.rendering import INVALID_GREY, colorize, side_by_side
 
 
 def test_colours_are_those_of_the_official_script() -> None:
@@ -51,10 +49,3 @@ def test_side_by_side_keeps_every_pixel() -> None:
     assert joined.shape == (6, 10, 3)
     assert (joined[:4, :3] == left).all() and (joined[:, 8:] == right).all()
     assert (joined[:, 3:8] == 255).all() and (joined[4:, :3] == 255).all()
-
-
-def test_normalisation_is_undone() -> None:
-    image = np.random.default_rng(1).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    normalised = (image / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
-    tensor = torch.from_numpy(normalised.transpose(2, 0, 1)).float()
-    assert (to_uint8_image(tensor) == image).all()

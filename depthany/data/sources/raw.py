@@ -1,0 +1,453 @@
+"""What the readers of original datasets share: the list of samples kept beside the data, and errors that name the file.
+
+A reader gives `scan`, which walks the user's copy, and `label`, which decodes one label. The list that a scan makes is
+stored and reused until a folder that it went through, or a file that it lists, has changed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+from torch import Tensor
+
+from depthany.data.files import DecodeError, decode_depth, read_image, sample_key
+from depthany.data.labels import Label
+from depthany.geometry.disparity import to_disparity
+from depthany.types import DepthKind, DepthSample, Quantity, Skip
+
+VERSION = 1  # of the stored list
+SETTLED_NS = 20_000_000  # clocks of file systems tick every few milliseconds
+RANGE = 1000  # rows checked by one thread at a time
+
+
+class Row(NamedTuple):
+    """One sample. Paths are relative to the root, with "/" between the parts."""
+
+    key: str  # a path that names the sample within the set, most often the image's; Raw.key makes it safe
+    image: str
+    label: str
+    extra: dict[str, Any]  # plain values; a text with a "/" in it is one more file of the sample
+
+    @property
+    def files(self) -> list[str]:
+        """The files of the sample, each once."""
+        more = [value for value in self.extra.values() if isinstance(value, str) and "/" in value]
+        return list(dict.fromkeys([self.image, self.label, *more]))
+
+
+class _Listing(NamedTuple):
+    """A stored list: one line of JSON says what it is of, every further one is a row."""
+
+    header: dict[str, Any]
+    data: bytes
+    ends: np.ndarray  # where each line of `data` ends
+
+    @classmethod
+    def parse(cls, data: bytes) -> "_Listing":
+        """ValueError, KeyError or IndexError where the file is damaged."""
+        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+        header = json.loads(data[: ends[0]])
+        if hashlib.sha256(data[ends[0] + 1 :]).hexdigest() != header["sha256"]:
+            raise ValueError("the rows are not those of the header")
+        return cls(header, data, ends)
+
+    def line(self, index: int) -> list[Any]:
+        """[key, image, label, extra, [[bytes, mtime in ns] of each file]]."""
+        return json.loads(self.data[self.ends[index] + 1 : self.ends[index + 1]])
+
+
+class Raw:
+    """Base of the readers of datasets in their authors' own files.
+
+    A reader sets `dataset`, `layout` and `splits` and gives `scan` and `label`. An option that changes what is read
+    goes into `self.options` as well: lists and packed copies made with other options are then not reused.
+
+    Args:
+        name: of the source, the first part of every key.
+        root: the folder of the dataset, as its authors publish it.
+        split: one of `splits`.
+        index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
+
+    Raises:
+        ValueError: no such folder or split.
+    """
+
+    dataset: ClassVar[str]  # name of the card in data_manifests/
+    layout: ClassVar[str]  # what lies under root, for messages
+    splits: ClassVar[tuple[str, ...]] = ("all",)
+
+    def __init__(self, *, name: str, root: str, split: str, index_root: str | None) -> None:
+        if not Path(root).is_dir():
+            raise ValueError(f"source {name}: root={root} is no folder; set `root` to the one that holds {self.layout}")
+        if split not in self.splits:
+            raise ValueError(f"source {name}: split={split} is not one of {', '.join(self.splits)}")
+        self.name, self.root, self.split = name, Path(root), split
+        self.options: dict[str, Any] = {}
+        self._index_folder = Path(index_root) if index_root else self.root / ".depthany"
+        self._listing: _Listing | None = None
+        self._pinned: str | None = None  # a copy in another process must see the same list
+        self._folders: dict[str, int] = {}
+        self._skips: list[tuple[str, str]] = []
+
+    @property
+    def index_path(self) -> Path:
+        """The list of samples; sources that read one root with different options have lists of their own."""
+        note = f"-{hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()[:8]}"
+        return self._index_folder / f"{self.dataset}-{self.split}{note if self.options else ''}.jsonl"
+
+    # What a reader gives
+
+    def scan(self) -> Iterator[Row]:
+        """Walks the user's copy. What cannot be used is named with `skip`."""
+        raise NotImplementedError
+
+    def label(self, row: Row, image_shape: tuple[int, int]) -> Label:
+        """Decodes the label of a row.
+
+        Args:
+            row: the sample.
+            image_shape: height and width of its image.
+        """
+        raise NotImplementedError
+
+    def image(self, row: Row) -> np.ndarray:
+        """(H, W, 3) uint8 RGB, upright; the file `row.image` unless a reader says otherwise."""
+        return self.picture(row.image)
+
+    # What a mixture asks for
+
+    def __len__(self) -> int:
+        return len(self._list().ends) - 1
+
+    def row(self, index: int) -> Row:
+        """The sample's files."""
+        return Row(*self._list().line(index)[:4])
+
+    def key(self, index: int) -> str:
+        """`<name>/<key of the row>` in letters that a shard takes."""
+        return sample_key(self.name, PurePosixPath(self.row(index).key))
+
+    @property
+    def skipped(self) -> list[Skip]:
+        """What the scan left out."""
+        return [Skip(self.name, f"{self.name}/{path}", reason) for path, reason in self._list().header["skipped"]]
+
+    def identity(self) -> dict[str, Any]:
+        """What a packed copy depends on: the options, and the files with their sizes."""
+        return self._scanner() | {"rows": self._list().header["identity"]}
+
+    def prepare(self) -> None:
+        """Makes the list, or makes it again where a listed file has another size or time than it had.
+
+        Raises:
+            ValueError: there are no samples, or the list cannot be written.
+        """
+        self._listing = self._list()
+        with ThreadPoolExecutor(16) as pool:  # a look at a file on a network disk takes its time
+            if not all(pool.map(self._unchanged, range(0, len(self), RANGE))):
+                self._listing = self._scan_and_store()
+
+    def data(self, index: int) -> bytes:
+        """The original bytes of the image; empty where the reader computes the picture."""
+        return self.content(self.row(index).image) if type(self).image is Raw.image else b""
+
+    def read(self, index: int) -> DepthSample:
+        """Image and label.
+
+        Raises:
+            DecodeError: a damaged, wrong or missing file, named with the way out.
+            OSError: a file cannot be read at all.
+        """
+        row = self.row(index)
+        image = self.image(row)
+        label = self.label(row, (image.shape[0], image.shape[1]))
+        if not label["valid"].any():
+            raise self.damaged(row.label, "no pixel has a valid value")
+        return DepthSample(image=image, key=self.key(index), **label)
+
+    def verify(self) -> list[Skip]:
+        """Reads every file and compares its sha256 with the one of the first time, in `<list>.sha256`.
+
+        That has the format of `sha256sum`, which can check it as well, from the root.
+
+        Returns:
+            files whose content has changed.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        note = self.index_path.with_suffix(".sha256")
+        lines = os.fsdecode(note.read_bytes()).splitlines() if note.exists() else []
+        known = {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
+        files = list(dict.fromkeys(path for i in range(len(self)) for path in self.row(i).files))
+        digests: dict[str, str] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(files), RANGE):
+                some = files[start : start + RANGE]
+                digests |= zip(some, pool.map(self._sha256, some), strict=True)
+        write_beside(note, os.fsencode("".join(f"{digest}  {path}\n" for path, digest in (digests | known).items())))
+        reason = f"its content is not what {note} says: fetch it again, or delete that list of checksums"
+        changed = [path for path in files if digests[path] != known.get(path, digests[path])]
+        return [Skip(self.name, f"{self.name}/{path}", reason) for path in changed]
+
+    # What a reader calls
+
+    def walk(self, *, without: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
+        """(folder, its file names) of the root, "", and of every folder below, in order; hidden ones are left out.
+
+        Args:
+            without: names of folders that need not be entered.
+        """
+        pending: list[tuple[str, tuple[Any, ...]]] = [("", ())]
+        while pending:
+            folder, above = pending.pop()
+            path = self.root / folder
+            status = path.stat()
+            if (place := (status.st_dev, status.st_ino)) in above:  # a link that leads back
+                continue
+            # A file that comes within the same tick of the clock would not be noticed later.
+            time.sleep(min(max(0, status.st_mtime_ns + SETTLED_NS - time.time_ns()), SETTLED_NS) / 1e9)
+            self._folders[folder] = status.st_mtime_ns
+            with os.scandir(path) as entries:
+                names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+            inner = [name for name, is_folder in names if is_folder and name not in without]
+            pending += [(f"{folder}/{name}" if folder else name, (*above, place)) for name in reversed(inner)]
+            yield folder, [name for name, is_folder in names if not is_folder]
+
+    def siblings(self, *parts: str, without: Collection[str] = ()) -> Iterator[tuple[str, list[list[str]]]]:
+        """(folder, the files in each of its folders `parts`) of every folder that has one of them, in order.
+
+        Args:
+            parts: names of folders that lie side by side, such as imgs and depths.
+            without: names of folders that need not be entered.
+        """
+        found: dict[str, dict[str, list[str]]] = {}
+        for folder, names in self.walk(without=without):
+            base, _, part = folder.rpartition("/")
+            if part in parts:
+                found.setdefault(base, {})[part] = [f"{folder}/{name}" for name in names]
+        for base in sorted(found):
+            yield base, [found[base].get(part, []) for part in parts]
+
+    def skip(self, path: str, reason: str) -> None:
+        """Names a file or folder that the scan leaves out."""
+        self._skips.append((path, reason))
+
+    def named(self, paths: Iterable[str], pattern: str) -> dict[str, str]:
+        """The paths whose file name has the pattern, by its first group, which is what image and label share."""
+        found: dict[str, str] = {}
+        for path in paths:
+            if match := re.fullmatch(pattern, PurePosixPath(path).name):
+                if match[1] in found:
+                    self.skip(path, f"{PurePosixPath(found[match[1]]).name} has the same name and is used")
+                else:
+                    found[match[1]] = path
+        return found
+
+    def pairs(self, images: Mapping[str, str], labels: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+        """(stem, image, label) of the stems in both, in order; the paths of the others are skipped.
+
+        Args:
+            images: paths by stem, or by whatever else image and label have in common.
+            labels: likewise.
+        """
+        for stem in sorted({*images, *labels}):
+            if stem not in labels:
+                self.skip(images[stem], "an image without a label")
+            elif stem not in images:
+                self.skip(labels[stem], "a label without an image")
+            else:
+                yield stem, images[stem], labels[stem]
+
+    def content(self, path: str) -> bytes:
+        """The bytes of a file."""
+        try:
+            return (self.root / path).read_bytes()
+        except FileNotFoundError:
+            raise self.damaged(path, "it is gone since the scan") from None
+
+    def picture(self, path: str) -> np.ndarray:
+        """(H, W, 3) uint8 RGB from an image file."""
+        try:
+            return read_image(self.content(path))
+        except DecodeError as err:
+            raise self.damaged(path, err) from err
+
+    def values(
+        self, path: str, *, dtype: DTypeLike | None = None, channel: str | None = None, key: str | None = None
+    ) -> np.ndarray:
+        """The (h, w) map in a file, as stored.
+
+        Args:
+            path: relative to the root.
+            dtype: what the file must hold; None: any number.
+            channel: of an EXR file.
+            key: of an array in HDF5 or NPZ.
+        """
+        try:
+            values = decode_depth(self.content(path), PurePosixPath(path).suffix, channel=channel, key=key)
+        except DecodeError as err:
+            raise self.damaged(path, err) from err
+        if dtype is not None and values.dtype != dtype:
+            raise self.damaged(path, f"it holds {values.dtype}, wanted {np.dtype(dtype)}")
+        return values
+
+    def damaged(self, path: str, what: object) -> DecodeError:
+        """The error that names a file of the dataset, and the way out. For `raise`."""
+        what = str(what).removeprefix(f"{self.root / path}: ")
+        return DecodeError(f"{self.root / path}: {what}; fetch the file again, or delete it to leave the sample out")
+
+    # The list
+
+    def _scanner(self) -> dict[str, Any]:
+        facts = {"version": VERSION, "dataset": self.dataset, "split": self.split, "options": self.options}
+        return json.loads(json.dumps(facts))  # as it comes back from the file
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the list, which other processes read from the file; it must be the same there."""
+        pinned = self._list().header["sha256"]
+        return self.__dict__ | {"_listing": None, "_pinned": pinned, "_folders": {}, "_skips": []}
+
+    def _list(self) -> _Listing:
+        if self._listing is None:
+            self._listing = self._stored()
+        if self._listing is None:
+            if self._pinned:
+                raise ValueError(f"source {self.name}: {self.index_path} has changed meanwhile; start again")
+            self._listing = self._scan_and_store()
+        return self._listing
+
+    def _stored(self) -> _Listing | None:
+        """The stored list, if it is whole, was made with the same options, and no folder has changed since."""
+        try:
+            listing = _Listing.parse(self.index_path.read_bytes())
+            header = listing.header
+            if self._pinned:
+                return listing if header["sha256"] == self._pinned else None
+            if header["scanner"] != self._scanner():
+                return None
+            if any((self.root / path).stat().st_mtime_ns != mtime for path, mtime in header["folders"].items()):
+                return None
+        except (OSError, ValueError, LookupError, TypeError):  # what a damaged list raises
+            return None
+        return listing
+
+    def _scan_and_store(self) -> _Listing:
+        try:  # first of all: a new folder in the root changes the root
+            self.index_path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.index_path.parent):
+                pass
+        except OSError as err:
+            raise ValueError(
+                f"source {self.name}: cannot write the list of samples to {self.index_path.parent} ({err.strerror}); "
+                "set `index_root` to a folder for it"
+            ) from err
+        self._folders, self._skips = {}, []
+        rows = sorted(self.scan(), key=attrgetter("key"))
+        if not rows:
+            first = f"; left out: {len(self._skips)}, first {': '.join(self._skips[0])}" if self._skips else ""
+            raise ValueError(f"source {self.name}: no samples in root={self.root}, wanted {self.layout}{first}")
+        lines, identity = [], hashlib.sha256()
+        for row in rows:
+            stats = [self._stat(path) for path in row.files]
+            identity.update(json.dumps([*row, [size for size, _ in stats]], sort_keys=True).encode() + b"\n")
+            lines.append(json.dumps([*row, stats]))
+        body = "".join(f"{line}\n" for line in lines).encode()
+        header = {
+            "scanner": self._scanner(),
+            "count": len(rows),
+            "identity": identity.hexdigest(),
+            "sha256": hashlib.sha256(body).hexdigest(),
+            "skipped": self._skips,
+            "folders": self._folders,
+        }
+        data = json.dumps(header).encode() + b"\n" + body
+        write_beside(self.index_path, data)
+        return _Listing.parse(data)
+
+    def _stat(self, path: str) -> tuple[int, int]:
+        try:
+            status = (self.root / path).stat()
+        except OSError:
+            return -1, 0
+        return status.st_size, status.st_mtime_ns
+
+    def _unchanged(self, start: int) -> bool:
+        lines = map(self._list().line, range(start, min(start + RANGE, len(self))))
+        return all([list(self._stat(path)) for path in Row(*line[:4]).files] == line[4] for line in lines)
+
+    def _sha256(self, path: str) -> str:
+        with open(self.root / path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Writes a file under another name and moves it into place: it is there whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def as_label(
+    values: np.ndarray,
+    *,
+    kind: DepthKind,
+    quantity: Quantity = Quantity.DEPTH,
+    scale: float = 1.0,
+    factor: float = 1.0,
+    invalid: Sequence[float] = (),
+    sky: float | None = None,
+    sky_above: float | None = None,
+    rays: Tensor | None = None,
+    mask: np.ndarray | None = None,
+) -> Label:
+    """`to_disparity` as the label part of a sample.
+
+    Args:
+        values: (h, w) as stored.
+        kind: what the disparity knows.
+        quantity: what the values are.
+        scale: metres, or units of disparity, per stored one.
+        factor: numerator of the disparity.
+        invalid: stored codes without a measurement.
+        sky: stored code that is infinitely far.
+        sky_above: scaled depth from which on a value is infinitely far.
+        rays: (h, w) length of the pixels' rays, for a distance.
+        mask: (h, w) bool, False where there is no measurement.
+    """
+    disparity, valid, is_sky = to_disparity(
+        values if mask is None else np.where(mask, values.astype(np.float32), np.float32(np.nan)),
+        quantity=quantity,
+        scale=scale,
+        factor=factor,
+        invalid=invalid,
+        sky=sky,
+        sky_above=sky_above,
+        rays=rays,
+    )
+    return {"disparity": disparity.numpy(), "valid": valid.numpy(), "sky": is_sky.numpy(), "kind": kind}
+
+
+def read_list(path: Path) -> list[list[str]]:
+    """The columns of an official file list, without the slash that some paths begin with; empty lines do not count.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: put the dataset's own list there")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [[word.lstrip("/") for word in line.split()] for line in lines if line.strip()]

@@ -121,10 +121,12 @@ def find_checkpoint(given: Path | None) -> Path:
                 "`python -m depthany.train stage=teacher`, or give --checkpoint"
             )
         return runs[-1]
-    path = given / WEIGHTS if given.is_dir() else given
-    if not path.is_file():
-        raise ValueError(f"--checkpoint: no file {path}")
-    return path
+    from depthany.runs.find import find_weights
+
+    try:
+        return find_weights(str(given), Path("runs"), stage=None)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint: {error}") from error
 
 
 def write_all(flags: argparse.Namespace, outputs: dict[Path, PurePath]) -> Iterator[str | None]:
@@ -135,14 +137,14 @@ def write_all(flags: argparse.Namespace, outputs: dict[Path, PurePath]) -> Itera
     from depthany.data.files import DecodeError, read_image
     from depthany.inference.predictor import Predictor
     from depthany.inference.rendering import colorize, side_by_side
-    from depthany.models.weights import load_weights
+    from depthany.runs.find import open_weights
 
     device = flags.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU that this torch can use; take --device cpu")
-    model, _ = load_weights(flags.checkpoint)
+    model, _ = open_weights(flags.checkpoint)
     predictor = Predictor(model=model, device=device, precision=flags.precision, max_pixels=flags.max_pixels)
     for path, name in outputs.items():
         if path.is_dir():

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from depthany.geometry.resize import lower_bound_size, resize_image
+from depthany.geometry.resize import MAX_INPUT_PIXELS, network_input
 from depthany.inference.depth_map import DepthMap
 from depthany.models.depth_model import DepthModel
-from depthany.types import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Predictor:
@@ -37,7 +36,7 @@ class Predictor:
         model: DepthModel,
         device: torch.device | str,
         precision: Literal["fp32", "bf16"],
-        max_pixels: int = 4_000_000,
+        max_pixels: int = MAX_INPUT_PIXELS,
     ) -> None:
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is fp32 or bf16, not {precision!r}")
@@ -64,15 +63,11 @@ class Predictor:
             input_size = self.model.input_size
         if input_size < 1:
             raise ValueError(f"--input-size must be positive, not {input_size}")
-        height, width = image.shape[:2]
-        h, w = lower_bound_size(height, width, size=input_size, multiple=self.model.patch_size)
-        if h * w > self.max_pixels:
-            raise ValueError(
-                f"a {width} x {height} photo becomes a {w} x {h} network input, "
-                f"{h * w} pixels; lower --input-size or raise --max-pixels ({self.max_pixels})"
-            )
-        pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
-        return (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+        multiple = self.model.patch_size
+        try:
+            return network_input(image, size=input_size, multiple=multiple, max_pixels=self.max_pixels)
+        except ValueError as error:
+            raise ValueError(f"{error}; lower --input-size or raise --max-pixels ({self.max_pixels})") from error
 
     @torch.inference_mode()
     def disparity(self, inputs: Sequence[np.ndarray]) -> Tensor:

@@ -1,63 +1,34 @@
-"""Weight files: the official layout in, our own .safetensors in and out, and a hash of weights."""
+"""Weights in from every layout, out as our own .safetensors, and a hash of weights."""
 
+import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from depthany.models.depth_model import DepthModel
-from depthany.models.encoder import load_strictly, rename_swiglu
+from depthany.models.encoder import load_strictly
+from depthany.models.layouts import (
+    describe,
+    find_copy,
+    is_hugging_face,
+    read_config,
+    read_plain,
+    refuse_metric,
+    to_ours,
+    version_in_name,
+    weight_file,
+)
 
 CONFIG_KEY = "model"  # of a file's metadata: the constructor arguments as JSON
-UNUSED = (
-    "pretrained.mask_token",
-    "depth_head.scratch.refinenet4.resConfUnit1.",
-)  # official, never run
-
-
-def _official(encoder: str, taps: tuple[int, ...], features: int, out_channels: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "encoder": encoder,
-        "taps": taps,
-        "pos_embed": "official",
-        "encoder_arguments": {},
-        "features": features,
-        "out_channels": out_channels,
-        "hidden": 32,
-        "activation": "relu",
-        "input_size": 518,
-    }
-
-
-# Arguments of DepthModel, less `pretrained`, for the V2 models (depth_anything_v2/dpt.py in
-# github.com/DepthAnything/Depth-Anything-V2). V1 files have the same keys, but tap the last four
-# blocks.
-OFFICIAL: dict[str, dict[str, Any]] = {
-    "vits": _official("vit_small_patch14_dinov2", (2, 5, 8, 11), 64, (48, 96, 192, 384)),
-    "vitb": _official("vit_base_patch14_dinov2", (2, 5, 8, 11), 128, (96, 192, 384, 768)),
-    "vitl": _official("vit_large_patch14_dinov2", (4, 11, 17, 23), 256, (256, 512, 1024, 1024)),
-    "vitg": _official("vit_giant_patch14_dinov2", (9, 19, 29, 39), 384, (1536, 1536, 1536, 1536)),
-}
-
-
-def from_official(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our state dict of an official one.
-
-    Unwraps `{"model": ...}` and the prefix `module.` of fine-tuned files, drops by name the
-    parameters that the official code stores and never runs, and renames the giant's MLP. Anything
-    else stays, so that a strict load sees it.
-    """
-    if isinstance(state.get("model"), Mapping):
-        state = state["model"]
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    return rename_swiglu({key: value for key, value in state.items() if not key.startswith(UNUSED)})
 
 
 def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -81,6 +52,7 @@ def save_weights(model: DepthModel, path: str | Path, *, metadata: Mapping[str, 
 
     Raises:
         ValueError: another suffix, or metadata under the reserved key.
+        OSError: it cannot be written, ENOSPC where the disk is full.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -94,6 +66,9 @@ def save_weights(model: DepthModel, path: str | Path, *, metadata: Mapping[str, 
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # it has no errno
+        full = "os error 28" in str(error) or "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -111,31 +86,77 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as err:
-        raise ValueError(
-            f"{path} is not a .safetensors file ({err}); a .pth has to be converted first (from_official)"
-        ) from err
+        raise ValueError(f"{path} is not a .safetensors file ({err})") from err
 
 
-def load_weights(path: str | Path) -> tuple[DepthModel, dict[str, str]]:
-    """The model of a file written by `save_weights`, and the file's metadata; executes no code.
+def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -> tuple[DepthModel, dict[str, str]]:
+    """The model of a weight file of any known layout, and what the file says of itself; executes no code.
+
+    Known are depthany's .safetensors and training checkpoints, the official files of Depth Anything V1 and V2
+    (relative), and `DepthAnythingForDepthEstimation` of transformers 4 and 5, as a folder or a single file, each as
+    .safetensors or torch file, under any wrapper (`{"model": ...}`) and prefix (`module.`), with averaged copies (taken
+    rather than the others) and in any precision. Encoder, widths and taps are read off the file. Official files do not
+    say their taps: they go by the name (`depth_anything_v2_*`, `depth_anything_vits14`), and are V2's, with a warning,
+    where it says neither.
 
     The weights are on the CPU, in the dtype they were saved in.
 
+    Args:
+        path: a file, or a folder that holds one.
+        config: arguments of DepthModel, where the file itself may not say them (a training checkpoint); else None.
+
+    Returns:
+        The model, and the file's metadata, text to text: of ours what `save_weights` was given; of others `layout`,
+        `unused` (keys left out, which no model runs), and of a training checkpoint `images seen`, `optimizer steps` and
+        `facts`.
+
     Raises:
-        ValueError: no such file, another format, no model description, or keys that do not fit
-            (all listed).
+        ValueError: no such file, another layout, a metric model, keys that do not fit (all listed), or content that
+            would have to be executed.
     """
-    metadata = read_metadata(path)
-    if CONFIG_KEY not in metadata:
-        raise ValueError(
-            f"{path} has no {CONFIG_KEY!r} in its metadata: it was not written by depthany; "
-            "official weights have to be converted first (from_official)"
-        )
-    try:
-        config = json.loads(metadata[CONFIG_KEY])
-        with torch.device("meta"):  # no time and no random numbers for values that are replaced
-            model = DepthModel(**{**config, "pretrained": False})
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"{path} describes a model that cannot be built: {err}") from err
-    load_strictly(model, load_file(path), source=str(path), assign=True)
+    file = weight_file(Path(path)) if Path(path).is_dir() else Path(path)
+    metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
+    content = read_plain(file)
+    if CONFIG_KEY in metadata:
+        model = _build(metadata[CONFIG_KEY], source=file)
+        load_strictly(model, content, source=str(file), assign=True)
+        return model, metadata
+    refuse_metric(file, content)
+    copy = find_copy(content, source=str(file))
+    state, unused = to_ours(copy.state)
+    state |= dict.fromkeys(copy.beside, torch.empty(0))  # listed by the strict load
+    facts = content.get("facts")
+    facts = facts if isinstance(facts, Mapping) else {}
+    config = config or facts.get("model")
+    if "samples_seen" in content:
+        layout = "depthany training checkpoint"
+        metadata |= {"images seen": str(content["samples_seen"]), "optimizer steps": str(content.get("global_step"))}
+        metadata |= {"facts": json.dumps(facts, default=str)} | {
+            key: str(facts[key]) for key in ("stage",) if key in facts
+        }
+    else:
+        layout = "Hugging Face" if is_hugging_face(copy.state) else "official"
+    if config is None:
+        told = read_config(file) if layout == "Hugging Face" else None
+        version = version_in_name(file)
+        config = describe(state, told=told, version=version or "V2", source=str(file))
+        if told is None and version is None:
+            warnings.warn(
+                f"{file} does not say its tap layers and its name says neither v1 nor v2: those of V2 are taken, "
+                f"{list(config['taps'])}",
+                stacklevel=2,
+            )
+        layout += f" {version or 'V2'}" if layout == "official" else ""
+    model = _build(config, source=file)
+    load_strictly(model, {key: value.clone() for key, value in state.items()}, source=str(file), assign=True)
+    metadata |= {"layout": layout, "copy": copy.where, "unused": ", ".join(unused)}
     return model, metadata
+
+
+def _build(config: Mapping[str, Any] | str, *, source: Path) -> DepthModel:
+    try:
+        arguments = json.loads(config) if isinstance(config, str) else config
+        with torch.device("meta"):  # no time and no random numbers for values that are replaced
+            return DepthModel(**{**arguments, "pretrained": False})
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise ValueError(f"{source} describes a model that cannot be built: {err}") from err

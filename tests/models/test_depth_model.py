@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from depthany.models.depth_model import DepthModel
-from depthany.models.weights import OFFICIAL
+from depthany.models.layouts import OFFICIAL
 
 COUNTS = {  # name: (encoder, head, state-dict entries) of the official models
     "vits": (22_056_576, 2_728_513, 239),

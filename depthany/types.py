@@ -54,19 +54,28 @@ class Skip(NamedTuple):
     reason: str
 
 
+class TeacherInput(NamedTuple):
+    """Images of one shape, whole and clean as the label job sees them, and what of the teacher's maps is the label."""
+
+    places: Tensor  # (n,) int64: where they are in the batch
+    image: Tensor  # (n, 3, h, w) float32, ImageNet-normalised, sides multiples of the teacher's patch size
+    rows: Tensor  # (n, H) int64: the row of the teacher's map (h, w) under each row of the view
+    columns: Tensor  # (n, W) int64: its columns, mirrored where the view is flipped
+
+
 class DepthBatch(TypedDict):
     """What the data room hands to a task."""
 
     image: Tensor  # (B, 3, H, W) float32, ImageNet-normalised RGB, perturbed where the recipe says so
     disparity: Tensor  # (B, H, W) float32 in [0, 1], min-max normalised over valid pixels; 0 where invalid
-    valid: Tensor  # (B, H, W) bool; all False for padding and for images whose label is made online
+    valid: Tensor  # (B, H, W) bool; all False for padding, damage, and images whose label is made online
     pseudo: Tensor  # (B,) bool: the label is (or will be) a teacher's
     weight: Tensor  # (B,) float32: share in the step's mean; 0 for padding. Its rank average sums to 1 per part
     kind: list[DepthKind]
     key: list[str]
     skipped: list[Skip]
     consumed: int  # samples of the epoch that all ranks together use up in this step
-    clean: NotRequired[Tensor]  # (B, 3, H, W) float32, unperturbed view, for labels made online
+    teacher_input: NotRequired[list[TeacherInput]]  # of the images whose label is made online, one entry per shape
     cutmix: NotRequired[Tensor]  # (B, 4) int64: top, left, bottom, right of the pasted box; an empty box: no CutMix
 
 

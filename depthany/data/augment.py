@@ -7,8 +7,10 @@ import cv2
 import numpy as np
 
 from depthany.data.labels import has_label
-from depthany.geometry.resize import lower_bound_size, resize_image, resize_label
+from depthany.geometry.resize import Crop, crop_image, crop_pixels
 from depthany.types import DepthSample, ImageSample
+
+LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601), as PIL and torchvision have it
 
 
 def sample_rng(seed: int, part: str, position: int) -> np.random.Generator:
@@ -19,8 +21,9 @@ def sample_rng(seed: int, part: str, position: int) -> np.random.Generator:
 class Augment:
     """Makes the training view of one image and its label.
 
-    The shorter side is resized to `size`, then a random square is cut (V2 section 7.1). Colour distortion touches the
-    image only (V1 section 3.2): brightness, contrast, saturation and hue factors, grey, blur, noise.
+    A random square as wide as the image's short side is resized to `size` (V2 section 7.1: the short side is resized,
+    then a square is cut). Colour distortion touches the image only (V1 section 3.2): brightness, contrast, saturation
+    and hue, grey, blur, noise, on 8 bits and as torchvision does it, but that the first three are one linear map.
 
     Args:
         size: side of the square crop in pixels.
@@ -58,24 +61,23 @@ class Augment:
         self.grey, self.blur, self.blur_sigma_px, self.noise, self.cutmix = grey, blur, blur_sigma_px, noise, cutmix
 
     def __call__(self, sample: ImageSample | DepthSample, rng: np.random.Generator) -> dict[str, Any]:
-        """image and clean (S, S, 3) uint8; disparity, valid (S, S) where there is a label; cutmix (4,) box."""
-        height, width = lower_bound_size(*sample["image"].shape[:2], size=self.size, multiple=1)
-        top = int(rng.integers(height - self.size + 1))
-        left = int(rng.integers(width - self.size + 1))
-        turn = rng.random() < self.flip
-        window = np.s_[top : top + self.size, left : left + self.size]
-
-        def crop(array: np.ndarray) -> np.ndarray:
-            cut = array[window]
-            return np.ascontiguousarray(cut[:, ::-1] if turn else cut)
-
-        clean = crop(resize_image(sample["image"], (height, width), antialias=False))
-        view: dict[str, Any] = {"clean": clean, "cutmix": self._box(rng)}
+        """image and clean (S, S, 3) uint8, crop, cutmix (4,) box; disparity, valid (S, S) where there is a label."""
+        height, width = sample["image"].shape[:2]
+        crop = self._crop(height, width, rng)
+        clean = crop_image(sample["image"], crop, self.size)
+        view: dict[str, Any] = {"clean": clean, "crop": crop, "cutmix": self._box(rng)}
         if has_label(sample):
-            disparity, valid, _ = resize_label(sample["disparity"], sample["valid"], sample["sky"], (height, width))
-            view |= {"disparity": crop(disparity), "valid": crop(valid)}
+            rows, columns = crop_pixels(sample["disparity"].shape, crop, self.size)
+            for name, label in (("disparity", sample["disparity"]), ("valid", sample["valid"])):
+                # clip: none is outside, and NumPy need not look; several times as fast as an index of both axes
+                view[name] = label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
         view["image"] = self._distort(clean, rng)
         return view
+
+    def _crop(self, height: int, width: int, rng: np.random.Generator) -> Crop:
+        side = min(height, width)
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        return Crop(height, width, top, left, side, bool(rng.random() < self.flip))
 
     def _box(self, rng: np.random.Generator) -> np.ndarray:
         """(top, left, bottom, right); area 2 to 40 % of the crop, aspect 0.3 to 1/0.3 (UniMatch V2, transform.py)."""
@@ -92,21 +94,38 @@ class Augment:
         jitter, grey, blur = rng.random() < self.jitter, rng.random() < self.grey, rng.random() < self.blur
         if not (jitter or grey or blur or self.noise):
             return clean
-        image: np.ndarray = clean.astype(np.float32)
+        image = clean
         if jitter:
-            image *= rng.uniform(1 - self.brightness, 1 + self.brightness)
-            contrast = rng.uniform(1 - self.contrast, 1 + self.contrast)
-            mean = float(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).mean())
-            image = np.clip((image - mean) * contrast + mean, 0, 255)
-            hsv = cv2.cvtColor(image / 255, cv2.COLOR_RGB2HSV)  # H in degrees, S and V in [0, 1]
-            hsv[..., 0] = (hsv[..., 0] + 360 * rng.uniform(-self.hue, self.hue)) % 360
-            hsv[..., 1] = np.clip(hsv[..., 1] * rng.uniform(1 - self.saturation, 1 + self.saturation), 0, 1)
-            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255
+            brightness, contrast, saturation = (
+                rng.uniform(1 - strength, 1 + strength)
+                for strength in (self.brightness, self.contrast, self.saturation)
+            )
+            image = _scaled(image, brightness, contrast, saturation)
+            image = _turned(image, rng.uniform(-self.hue, self.hue))
         if grey:
-            image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+            image = cv2.transform(image, np.tile(LUMA, (3, 1)))
         if blur:
             low, high = self.blur_sigma_px
             image = cv2.GaussianBlur(image, (0, 0), rng.uniform(low, high) * self.size / 518)
         if self.noise:
-            image = image + rng.normal(0, rng.uniform(0, self.noise), image.shape).astype(np.float32)
-        return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+            noise = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0, self.noise))
+            image = np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
+        return image
+
+
+def _scaled(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    """Brightness, then contrast about the mean grey, then saturation about each pixel's grey: one linear map."""
+    mean = float(np.dot(LUMA, cv2.mean(image)[:3]))
+    colours = saturation * np.eye(3) + (1 - saturation) * np.tile(LUMA, (3, 1))
+    offset = np.full((3, 1), (1 - contrast) * brightness * mean)
+    return cv2.transform(image, np.hstack([contrast * brightness * colours, offset]))
+
+
+def _turned(image: np.ndarray, hue: float) -> np.ndarray:
+    """The hue turned by a share of the colour circle, in 256 steps as PIL has it."""
+    step = round(hue * 256) % 256
+    if not step:
+        return image
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(step)  # wraps around
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)

@@ -1,25 +1,42 @@
 """The data room's door to Lightning: sources, mix and order become batches of depthany.types."""
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import cv2
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from depthany.data.augment import Augment, sample_rng
 from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
 from depthany.data.order import CursorBatches, EpochOrder, Spot
+from depthany.data.shards import ShardError
 from depthany.geometry.disparity import normalise
-from depthany.geometry.resize import lower_bound_size, resize_image
-from depthany.types import IMAGENET_MEAN, IMAGENET_STD, DepthBatch, DepthKind, DepthSample, EvalBatch, ImageSample, Skip
+from depthany.geometry.resize import MAX_INPUT_PIXELS, crop_pixels, lower_bound_size, network_input, resize_image
+from depthany.types import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DepthBatch,
+    DepthKind,
+    DepthSample,
+    EvalBatch,
+    ImageSample,
+    Skip,
+    TeacherInput,
+)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Source(Protocol):
@@ -54,18 +71,22 @@ class Mix:
     epochs: int
 
 
+def chunks_of(source: Source, limit: int | None) -> list[int]:
+    """Samples in use of each shard of a source; a source without shards is one, cut here to `limit`."""
+    whole: list[int] = getattr(source, "chunks", [])
+    return whole or [len(source) if limit is None else min(len(source), limit)]
+
+
 class Part:
     """Several sources as one: plain concatenation, each image as often as any other (V1 and V2, section 4.1)."""
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, window: int) -> None:
+    def __init__(self, sources: Sequence[Source], *, seed: int, window: int, limit: int | None) -> None:
         self.sources = sources
-        self._chunks = [(s, c) for s in sources for c in getattr(s, "chunks", [len(s)])]
-        starts: list[int] = []
-        for source in sources:
-            chunks = getattr(source, "chunks", [len(source)])
-            starts += [0, *accumulate(chunks)][:-1]
-        self._starts = starts
-        self.order = EpochOrder(counts=[count for _, count in self._chunks], seed=seed, window=window)
+        counts = [np.array(chunks_of(source, limit), np.int64) for source in sources]
+        # In arrays, which loader workers share: a big set has 62,000 chunks.
+        self._source = np.repeat(np.arange(len(sources)), [len(each) for each in counts])
+        self._starts = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(each) - each for each in counts)])
+        self.order = EpochOrder(counts=np.concatenate([np.zeros(0, np.int64), *counts]), seed=seed, window=window)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -73,17 +94,25 @@ class Part:
     def locate(self, position: int) -> tuple[Source, int]:
         """The source and the index in it of a position of the order."""
         chunk, index = self.order[position]
-        return self._chunks[chunk][0], self._starts[chunk] + index
+        return self.sources[self._source[chunk]], int(self._starts[chunk]) + index
 
 
 class MixedDataset(Dataset[dict[str, Any]]):
     """Reads the sample of a Spot and makes its training view. A damaged sample counts as used, with weight 0.
 
     An unlabelled source may hold labels of its own, as the embedded scenes do: only a teacher's are handed on.
+
+    Args:
+        parts: labelled and unlabelled.
+        augment: training views by part.
+        seed: of the views.
+        teacher: short side and patch size of the teacher's input, where labels are made online.
     """
 
-    def __init__(self, parts: Mapping[str, Part], augment: Mapping[str, Augment], *, seed: int, online: bool) -> None:
-        self.parts, self.augment, self.seed, self.online = parts, augment, seed, online
+    def __init__(
+        self, parts: Mapping[str, Part], augment: Mapping[str, Augment], *, seed: int, teacher: tuple[int, int] | None
+    ) -> None:
+        self.parts, self.augment, self.seed, self.teacher = parts, augment, seed, teacher
 
     def __getitem__(self, spot: Spot) -> dict[str, Any]:
         source, index = self.parts[spot.part].locate(spot.position)
@@ -98,9 +127,13 @@ class MixedDataset(Dataset[dict[str, Any]]):
                 sample = source.read(index)
                 if pseudo and sample.get("kind") != DepthKind.PSEUDO:
                     sample = ImageSample(image=sample["image"], key=sample["key"])
-                if not has_label(sample) and not (pseudo and self.online):
+                if not has_label(sample) and not (pseudo and self.teacher):
                     raise DecodeError(f"{item['key']}: no label")
-                view = augment(sample, sample_rng(self.seed, spot.part, spot.position))
+                made = augment(sample, sample_rng(self.seed, spot.part, spot.position))
+                if not has_label(sample):
+                    made["whole"] = self._whole(sample)
+                    made["pixels"] = crop_pixels(made["whole"].shape, made["crop"], augment.size)
+                view = made
                 item["kind"] = sample.get("kind", DepthKind.PSEUDO)
         except (DecodeError, OSError) as error:
             item |= {"weight": 0.0, "skipped": [Skip(source.name, item["key"], str(error))]}
@@ -109,18 +142,24 @@ class MixedDataset(Dataset[dict[str, Any]]):
             view |= {"disparity": np.zeros(side, np.float32), "valid": np.zeros(side, bool)}
         return item | view
 
+    def _whole(self, sample: ImageSample) -> np.ndarray:
+        """What the label job would give to the teacher; refused where that would refuse it."""
+        assert self.teacher is not None
+        size, multiple = self.teacher
+        try:
+            return network_input(sample["image"], size=size, multiple=multiple, max_pixels=MAX_INPUT_PIXELS)
+        except ValueError as error:
+            raise DecodeError(f"{sample['key']}: {error}") from error
+
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Items to one batch; images stay uint8 until they are on the device."""
+    """Items to one batch as it travels: images are uint8 (B, H, W, 3) and labels raw until they are on the device."""
 
     def stack(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([item[name] for item in items]))
+        return default_collate([item[name] for item in items])  # in a worker: straight into shared memory
 
-    valid = stack("valid")
-    batch: dict[str, Any] = {
-        "image": stack("image"),
-        "disparity": normalise(stack("disparity"), valid),  # after the crop, over its valid pixels
-        "valid": valid,
+    batch: dict[str, Any] = {name: stack(name) for name in ("image", "disparity", "valid")}
+    batch |= {
         "pseudo": torch.tensor([item["pseudo"] for item in items]),
         "weight": torch.tensor([item["weight"] for item in items], dtype=torch.float32),
         "kind": [item["kind"] for item in items],
@@ -129,8 +168,27 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "consumed": items[0]["consumed"],
     }
     if any(item["pseudo"] for item in items):
-        batch |= {"clean": stack("clean"), "cutmix": stack("cutmix")}
+        batch["cutmix"] = stack("cutmix")
+    if any("whole" in item for item in items):
+        batch["teacher_input"] = _by_shape(items)
     return batch
+
+
+def _by_shape(items: Sequence[Mapping[str, Any]]) -> list[TeacherInput]:
+    """The whole images of the items that have one, (n, h, w, 3) of each shape."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, item in enumerate(items):
+        if "whole" in item:
+            groups.setdefault(item["whole"].shape, []).append(i)
+    return [
+        TeacherInput(
+            places=torch.tensor(index),
+            image=default_collate([items[i]["whole"] for i in index]),
+            rows=default_collate([items[i]["pixels"][0] for i in index]),
+            columns=default_collate([items[i]["pixels"][1] for i in index]),
+        )
+        for index in groups.values()
+    ]
 
 
 class EvalDataset(Dataset[EvalBatch]):
@@ -151,6 +209,8 @@ class EvalDataset(Dataset[EvalBatch]):
         return len(self.spots)
 
     def __getitem__(self, index: int) -> EvalBatch:
+        if index >= len(self):  # for a rank that has no image: a loader without a batch stops the run
+            return EvalBatch(source="", key=[], skipped=[])
         source, i = self.spots[index]
         item = EvalBatch(source=source.name, key=[source.key(i)], skipped=[])
         try:
@@ -177,10 +237,38 @@ def normalise_image(image: Tensor) -> Tensor:
 
 
 def start_worker(_: int) -> None:
-    """In a loader worker: signals are the main process's business, and one thread is enough."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-    cv2.setNumThreads(1)
+    """In a loader worker: a signal to stop is handed to the rank, whose business it is; and one thread is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # for the thread to fetch them
+    threading.Thread(target=_hand_on_signals, daemon=True).start()
+    one_thread()
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Blocks that are freed are used again: by itself, glibc has the system clear fresh pages for image after image.
+
+    A tenth of the loader's time. Other systems are left as they are.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        for limit in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(limit, 1 << 30)
+
+
+def one_thread() -> None:
+    """Turns OpenCV's threads off. A fork of a process that has some would wait for them for ever: no second call."""
+    if cv2.getNumThreads() > 1:
+        cv2.setNumThreads(1)
+
+
+def _hand_on_signals() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None and rank.pid
+    while True:
+        told = signal.sigwaitinfo(STOP_SIGNALS)
+        if told.si_pid == rank.pid:  # a rank ends its workers with SIGTERM
+            os._exit(0)
+        os.kill(rank.pid, told.si_signo)
 
 
 def _present(sources: Mapping[str, Source | None]) -> dict[str, Source]:
@@ -198,6 +286,9 @@ class DepthData(pl.LightningDataModule):
         validation: labelled sources by name, never trained on.
         max_depth: farther pixels are left out of the metrics, by validation source, in the source's unit; null: none.
         num_workers: loader processes for each rank.
+        start_method: how they start; null: as Python does on this system.
+        reduced_decode: JPEGs in shards whose short side is twice the crop or more are decoded at 1/2, 1/4 or 1/8: in
+            about half the time, but smoother than what the network meets when it predicts. Not where labels are online.
         window: shards that are shuffled into each other.
         limit: images per source; null: all.
         skip_limit: largest share of damaged samples before the run stops.
@@ -205,7 +296,7 @@ class DepthData(pl.LightningDataModule):
         augment: training views by part.
         batch_size: images of all processes together.
         seed: of the order and of every perturbation.
-        labels: offline or online pseudo-labels.
+        online: whether the teacher labels inside the student's step; what is stored is then not asked for.
     """
 
     def __init__(
@@ -217,6 +308,8 @@ class DepthData(pl.LightningDataModule):
         validation: Mapping[str, Source | None],
         max_depth: Mapping[str, float | None],
         num_workers: int,
+        start_method: Literal["fork", "forkserver", "spawn"] | None,
+        reduced_decode: bool,
         window: int,
         limit: int | None,
         skip_limit: float,
@@ -229,10 +322,12 @@ class DepthData(pl.LightningDataModule):
         super().__init__()
         self.name = name
         self.sources, self.unlabelled, self.validation = _present(sources), _present(unlabelled), _present(validation)
-        self.max_depth, self.num_workers, self.window, self.limit = max_depth, num_workers, window, limit
+        self.max_depth, self.num_workers, self.start_method = max_depth, num_workers, start_method
+        self.reduced_decode, self.window, self.limit = reduced_decode, window, limit
         self.skip_limit, self.mix, self.augment = skip_limit, mix, augment or {}
         self.batch_size, self.seed, self.online = batch_size, seed, online
         self.eval_size, self.eval_multiple = 0, 1  # the model's; set by the verb
+        self.teacher_size, self.teacher_multiple = 0, 1  # of its input, where labels are made online; set by the verb
         self.cursor: Callable[[], int] = lambda: 0
         self._ready = False
 
@@ -243,11 +338,21 @@ class DepthData(pl.LightningDataModule):
         return [*self.sources.values(), *unlabelled, *self.validation.values()]
 
     def prepare_data(self) -> None:
-        """Packs and checks every source; on one process of a machine."""
+        """Packs and checks every source; on one process of a machine.
+
+        Raises:
+            ShardError: sources cannot be used; each is told in a line.
+        """
+        problems = []
         for source in self.used:
             if hasattr(source, "limit"):
                 source.limit = self.limit
-            source.prepare()
+            try:
+                source.prepare()
+            except ShardError as error:
+                problems.append(f"{error} (data: {source.name}.root; {source.name}=null leaves the set out)")
+        if problems:
+            raise ShardError("\n".join(problems))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sources; repeated calls change nothing."""
@@ -256,8 +361,15 @@ class DepthData(pl.LightningDataModule):
         for source in self.used:
             if hasattr(source, "limit"):
                 source.limit = self.limit
+            if hasattr(source, "window"):
+                source.window = self.window
             if hasattr(source, "open"):
                 source.open()
+        seen = {"labelled": self.sources, "unlabelled": {} if self.online else self.unlabelled}  # a teacher sees all
+        for part, sources in seen.items() if self.reduced_decode else ():
+            for source in sources.values():
+                if hasattr(source, "reduce_to"):
+                    source.reduce_to = self.augment[part].size
         self._ready = True
 
     @property
@@ -266,7 +378,7 @@ class DepthData(pl.LightningDataModule):
         assert self.mix is not None
         named = {"labelled": (self.mix.labelled, self.sources), "unlabelled": (self.mix.unlabelled, self.unlabelled)}
         return {
-            part: Part(list(sources.values()), seed=self.seed, window=self.window)
+            part: Part(list(sources.values()), seed=self.seed, window=self.window, limit=self.limit)
             for part, (share, sources) in named.items()
             if share
         }
@@ -276,12 +388,13 @@ class DepthData(pl.LightningDataModule):
         """Samples of the whole run: the epoch times mix.epochs."""
         assert self.mix is not None
         counted = self.unlabelled if self.mix.unlabelled else self.sources
-        total = sum(sum(getattr(s, "chunks", [len(s)])) for s in counted.values())
-        return total * self.mix.epochs
+        return sum(sum(chunks_of(source, self.limit)) for source in counted.values()) * self.mix.epochs
 
     def train_dataset(self) -> MixedDataset:
         """Training views by Spot."""
-        return MixedDataset(self.parts, self.augment, seed=self.seed, online=self.online)
+        assert not self.online or self.teacher_size, "labels made online need the size of the teacher's input"
+        teacher = (self.teacher_size, self.teacher_multiple) if self.online else None
+        return MixedDataset(self.parts, self.augment, seed=self.seed, teacher=teacher)
 
     def first_spots(self, part: str, number: int) -> list[Spot]:
         """The first positions of a part's order, for pictures."""
@@ -293,6 +406,7 @@ class DepthData(pl.LightningDataModule):
         trainer = self.trainer
         batches = CursorBatches(
             cursor=self.cursor,
+            done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready if trainer else 0,
             total=self.num_samples,
             size=self.batch_size,
             labelled=self.mix.labelled,
@@ -300,11 +414,13 @@ class DepthData(pl.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world=trainer.world_size if trainer else 1,
         )
+        one_thread()  # before workers are forked
         return DataLoader(
             self.train_dataset(),
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.num_workers,
+            multiprocessing_context=self.start_method if self.num_workers else None,
             worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
         )
@@ -314,15 +430,20 @@ class DepthData(pl.LightningDataModule):
         dataset = EvalDataset(
             list(self.validation.values()), size=self.eval_size, multiple=self.eval_multiple, limit=self.limit
         )
-        trainer = self.trainer
-        mine = range(trainer.global_rank if trainer else 0, len(dataset), trainer.world_size if trainer else 1)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        mine = range(rank, max(len(dataset), world) if len(dataset) else 0, world)
         return DataLoader(dataset, batch_size=None, sampler=mine, num_workers=0)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> DepthBatch | dict[str, Any]:
-        """Normalises on the device: bytes travel, floats do not."""
-        for name in ("image", "clean"):
-            if name in batch and batch[name].dtype == torch.uint8:
-                batch[name] = normalise_image(batch[name])
+        """Normalises images and labels on the device: bytes travel, and the loader's processes are spared."""
+        if "image" in batch and batch["image"].dtype == torch.uint8:
+            batch["image"] = normalise_image(batch["image"])
+            batch["disparity"] = normalise(batch["disparity"], batch["valid"])  # over the crop's valid pixels
+            if "teacher_input" in batch:
+                batch["teacher_input"] = [
+                    group._replace(image=group.image.permute(0, 3, 1, 2).contiguous())
+                    for group in batch["teacher_input"]
+                ]
         return batch
 
     def skips(self) -> list[Skip]:

@@ -4,9 +4,8 @@ Ranks and workers are only a way to cut a global batch, so they cannot change wh
 samples were used, and that stands in the checkpoint.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +22,8 @@ class Spot(NamedTuple):
 class EpochOrder:
     """A seeded permutation of every sample: chunks (shards) are permuted, then samples within windows of chunks.
 
-    Reading stays local (a window's shards at a time), and finding a position costs one search over windows.
+    Reading stays local (a window's shards at a time), and finding a position costs one search over windows: 62,000
+    chunks take milliseconds when an epoch begins, and a window is shuffled when it is come to.
 
     Args:
         counts: samples in each chunk.
@@ -31,48 +31,53 @@ class EpochOrder:
         window: chunks that are shuffled into each other.
     """
 
-    def __init__(self, *, counts: Sequence[int], seed: int, window: int) -> None:
+    def __init__(self, *, counts: Sequence[int] | np.ndarray, seed: int, window: int) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.seed, self.window = seed, window
-        self._cache: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._length = int(self.counts.sum())
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return int(self.counts.sum())
+        return self._length
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(chunk, index in the chunk) of a position; positions past the end run on into the next epoch's order."""
+        epoch, position = divmod(position, self._length)
+        _, starts = _kept(self._plans, epoch, self._plan, 2)
+        window = int(starts.searchsorted(position, side="right")) - 1
+        chunk, index = _kept(self._windows, (epoch, window), self._shuffled, 4)
+        offset = position - int(starts[window])
+        return int(chunk[offset]), int(index[offset])
+
+    def _random(self, *key: int) -> np.random.Generator:
+        """A stream of its own for each key; of a plain list, NumPy takes [seed] and [seed, 0] for the same."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Chunk order, and the first position of each window."""
-        if (epoch,) in self._cache:
-            return self._cache[epoch,]
-        chunks = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
-        starts = np.concatenate([[0], np.cumsum(self.counts[chunks])])[:: self.window]
-        return self._keep((epoch,), (chunks, starts))
+        chunks = self._random(epoch, 0).permutation(len(self.counts))
+        return chunks, np.concatenate([[0], np.cumsum(self.counts[chunks])])[:: self.window]
 
-    def _shuffled(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """(chunk, index in chunk) of each sample of a window, in order."""
-        if (epoch, window) in self._cache:
-            return self._cache[epoch, window]
-        chunks, _ = self._plan(epoch)
+    def _shuffled(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(chunk, index in chunk) of each sample of a window of an epoch, in order."""
+        epoch, window = key
+        chunks, _ = self._plans[epoch]
         mine = chunks[window * self.window : (window + 1) * self.window]
         counts = self.counts[mine]
         chunk = np.repeat(mine, counts)
         index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        permutation = np.random.default_rng([self.seed, epoch, window]).permutation(len(chunk))
-        return self._keep((epoch, window), (chunk[permutation], index[permutation]))
+        permutation = self._random(epoch, 1 + window).permutation(len(chunk))
+        return chunk[permutation], index[permutation]
 
-    def _keep(self, key: tuple[int, ...], value: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        while len(self._cache) >= 8:  # an epoch's plan and the windows near the cursor
-            self._cache.pop(next(iter(self._cache)))
-        self._cache[key] = value
-        return value
 
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        """(chunk, index in the chunk) of a position; positions past the end run on into the next epoch's order."""
-        epoch, position = divmod(position, len(self))
-        _, starts = self._plan(epoch)
-        window = bisect_right(starts, position) - 1
-        chunk, index = self._shuffled(epoch, window)
-        offset = position - int(starts[window])
-        return int(chunk[offset]), int(index[offset])
+def _kept(cache: dict[Any, Any], key: Any, make: Callable[[Any], Any], size: int) -> Any:
+    """What the cache holds for a key, made where it is missing; the oldest goes where there are more than `size`."""
+    if key not in cache:
+        while len(cache) >= size:
+            cache.pop(next(iter(cache)))
+        cache[key] = make(key)
+    return cache[key]
 
 
 def global_batch(*, cursor: int, total: int, size: int, labelled: int, unlabelled: int) -> list[tuple[str, int]]:
@@ -122,8 +127,12 @@ def share_of(batch: Sequence[tuple[str, int]], *, rank: int, world: int) -> list
 class CursorBatches:
     """A batch sampler that starts at the cursor: no loader state, nothing is read again after a resume.
 
+    Its length is that of the whole run, in batches done and batches left: Lightning counts the done ones too, and they
+    may have been of another size.
+
     Args:
         cursor: called when iteration starts; samples of the epoch that are used up.
+        done: called with it; batches that used them up.
         total: samples of the epoch.
         size: images in a global batch.
         labelled: parts of labelled images in it.
@@ -133,14 +142,23 @@ class CursorBatches:
     """
 
     def __init__(
-        self, *, cursor: Callable[[], int], total: int, size: int, labelled: int, unlabelled: int, rank: int, world: int
+        self,
+        *,
+        cursor: Callable[[], int],
+        done: Callable[[], int],
+        total: int,
+        size: int,
+        labelled: int,
+        unlabelled: int,
+        rank: int,
+        world: int,
     ) -> None:
-        self.cursor, self.total, self.rank, self.world = cursor, total, rank, world
+        self.cursor, self.done, self.total, self.rank, self.world = cursor, done, total, rank, world
         self.shape = {"size": size, "labelled": labelled, "unlabelled": unlabelled}
         self.per_step = max(size // (labelled + unlabelled), 1) * (unlabelled or labelled)
 
     def __len__(self) -> int:
-        return -(-self.total // self.per_step)
+        return self.done() + -(-(self.total - self.cursor()) // self.per_step)
 
     def __iter__(self) -> Iterator[list[Spot]]:
         cursor = self.cursor()

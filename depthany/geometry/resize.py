@@ -1,11 +1,28 @@
 """Sizes and resampling of images and labels before they are tensors (numpy and OpenCV).
 
-Legend: H W pixels before, h w after. Pixel centres lie at half integers, for images and labels
-alike.
+Legend: H W pixels before, h w after, S side of a training view. Pixel centres lie at half integers, for images and
+labels alike.
 """
+
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from depthany.types import IMAGENET_MEAN, IMAGENET_STD
+
+MAX_INPUT_PIXELS = 4_000_000  # the short side is bounded from below, so a thin strip would grow without bound
+
+
+class Crop(NamedTuple):
+    """A square of an image, in the image's own pixels, that becomes a training view, flipped or not."""
+
+    height: int  # of the image
+    width: int
+    top: int
+    left: int
+    side: int
+    flip: bool
 
 
 def lower_bound_size(height: int, width: int, *, size: int, multiple: int) -> tuple[int, int]:
@@ -56,3 +73,50 @@ def resize_label(
 
     pick = np.ix_(rows, columns)
     return disparity[pick], valid[pick], sky[pick]
+
+
+def crop_image(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The view (S, S, 3) of an image (H, W, 3), of the same dtype: only what is seen is resized, bicubic.
+
+    The same as cutting a window out of the resized image, but that the window starts at a whole pixel of the image, and
+    that two pixels beyond a cut are taken for copies of the last one, as they are beyond the image's own border.
+    """
+    square = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+    if crop.flip and crop.side < size:  # whichever is smaller is flipped
+        square = cv2.flip(square, 1)
+    view = resize_image(square, (size, size), antialias=False)
+    if crop.flip and crop.side >= size:
+        view = cv2.flip(view, 1)
+    return np.ascontiguousarray(view)
+
+
+def crop_pixels(shape: tuple[int, ...], crop: Crop, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (S,) and columns (S,) of a label (h, w) that a view shows: the pixel under each new centre.
+
+    The label has the image's field of view and any size. Stored labels and those made online are cut by this alone.
+    """
+
+    def under(old: int, whole: int, start: int) -> np.ndarray:
+        return ((2 * np.arange(size) + 1) * crop.side + 2 * size * start) * old // (2 * size * whole)
+
+    columns = under(shape[1], crop.width, crop.left)
+    return under(shape[0], crop.height, crop.top), columns[::-1].copy() if crop.flip else columns
+
+
+def network_input(image: np.ndarray, *, size: int, multiple: int, max_pixels: int) -> np.ndarray:
+    """The whole image (H, W, 3) uint8 as a network wants it: (h, w, 3) float32, resized, ImageNet-normalised.
+
+    Depth-Anything-V2, `depth_anything_v2/dpt.py` (`infer_image`) and `util/transform.py`.
+
+    Raises:
+        ValueError: the input would have more than `max_pixels`.
+    """
+    height, width = image.shape[:2]
+    h, w = lower_bound_size(height, width, size=size, multiple=multiple)
+    if h * w > max_pixels:
+        raise ValueError(f"a {width} x {height} image becomes a {w} x {h} network input, above {max_pixels} pixels")
+    pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
+    rows = pixels.reshape(h, 3 * w)  # whole rows at a time: NumPy is slow on a last axis of 3
+    rows -= np.tile(np.array(IMAGENET_MEAN, np.float32), w)
+    rows /= np.tile(np.array(IMAGENET_STD, np.float32), w)
+    return pixels

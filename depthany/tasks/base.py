@@ -31,6 +31,7 @@ class DepthTask(pl.LightningModule):
         self.samples_seen = 0  # the cursor: samples of the epoch used up; part of the checkpoint
         self.bad_steps = 0  # steps in a row whose gradient was not finite
         self.num_samples = 1  # of the whole run; set by the verb
+        self.facts: dict[str, Any] = {}  # what the run is, plain values; set by the verb
         self.max_depth: Mapping[str, float | None] = {}
 
     def forward(self, image: Tensor) -> Tensor:
@@ -102,6 +103,7 @@ class DepthTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The cursor goes with the weights."""
         checkpoint["samples_seen"] = self.samples_seen
+        checkpoint["facts"] = self.facts | {"images": self.num_samples, "model": self.model.config()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The cursor comes with the weights."""

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthany.geometry.disparity import normalise
 from depthany.models.depth_model import DepthModel
 
 
@@ -29,10 +28,9 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def disparity(self, image: Tensor, *, precision: str) -> Tensor:
-        """(B, 3, H, W) normalised to disparity in [0, 1], min-max per image, (B, H, W)."""
+        """(B, 3, H, W) normalised to the model's disparity (B, H, W) float32, as the label job has it."""
         with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            pred = self.model(image).float()
-        return normalise(pred, torch.ones_like(pred, dtype=torch.bool))
+            return self.model(image).float()
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from depthany.geometry.disparity import normalise
 from depthany.losses.total import WeightedSum
 from depthany.models.depth_model import DepthModel
 from depthany.optim.plan import OptimPlan
@@ -28,7 +29,7 @@ class StudentTask(DepthTask):
         loss: the weighted sum of named terms.
         plan: optimizer and schedule.
         teacher: of labels made online, or of feature alignment; None where neither is wanted.
-        teacher_ckpt: a run folder, a model.safetensors, or last: the last finished teacher under paths.runs.
+        teacher_ckpt: a run folder, weights of any layout, or last: the last finished teacher under paths.runs.
         feature_encoder: whose frozen encoder the features are aligned with. initial: the student's own before training
             (the papers': DINOv2); teacher: the teacher's; auto, which the run resolves: initial where the model is
             pretrained, else teacher.
@@ -62,11 +63,7 @@ class StudentTask(DepthTask):
     def target(self, batch: DepthBatch) -> tuple[Target, list[Tensor] | None]:
         """Pseudo-labels, CutMix (in place, in the batch's image) and the frozen encoder's features."""
         pseudo, seen = batch["pseudo"], batch["weight"] > 0
-        disparity, valid = batch["disparity"], batch["valid"]
-        if "clean" in batch and bool((pseudo & seen & ~valid.flatten(1).any(1)).any()):  # labels are made online
-            made = self._frozen["teacher"].disparity(batch["clean"][pseudo], precision=self.precision)
-            disparity, valid = disparity.clone(), valid.clone()
-            disparity[pseudo], valid[pseudo] = made, seen[pseudo][:, None, None].expand_as(made)
+        disparity, valid = self._labels(batch)
         regions = None
         if "cutmix" in batch:
             box = cutmix_boxes(batch["cutmix"], pseudo, seen, valid.shape[-2:])
@@ -80,6 +77,19 @@ class StudentTask(DepthTask):
         if "feature" in self._frozen:
             features = self._frozen["feature"].features(batch["image"])
         return Target(disparity, valid, pseudo, features), regions
+
+    def _labels(self, batch: DepthBatch) -> tuple[Tensor, Tensor]:
+        """Disparity and validity (B, H, W), stored or made now: what the label job would store, cut as it would be."""
+        disparity, valid = batch["disparity"], batch["valid"]
+        if batch.get("teacher_input"):
+            disparity, valid = disparity.clone(), valid.clone()
+        for places, image, rows, columns in batch.get("teacher_input", []):
+            whole = self._frozen["teacher"].disparity(image, precision=self.precision)
+            each = torch.arange(len(places), device=places.device)
+            view = whole[each[:, None, None], rows[:, :, None], columns[:, None, :]]
+            valid[places] = whole.isfinite().flatten(1).all(1)[:, None, None]  # else no label, as in the label job
+            disparity[places] = normalise(view, valid[places])
+        return disparity, valid
 
 
 def partners(pseudo: Tensor) -> Tensor:

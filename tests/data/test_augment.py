@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from depthany.data.augment import Augment, sample_rng
+from depthany.data.augment import Augment, _turned, sample_rng
 from depthany.types import DepthKind, DepthSample
 
 AT_518 = 518 / 24  # a sigma is given for a crop of 518 and shrinks with it; crops here have 24
@@ -77,12 +77,12 @@ def test_sizes_and_types(shape: tuple[int, int]) -> None:
         assert view["disparity"].shape == view["valid"].shape == (24, 24)
         assert view["disparity"].dtype == np.float32 and view["valid"].dtype == np.bool_
         assert view["cutmix"].shape == (4,) and view["cutmix"].dtype == np.int64
-        assert all(value.flags.c_contiguous for value in view.values())
+        assert all(value.flags.c_contiguous for value in view.values() if isinstance(value, np.ndarray))
 
 
 def test_an_image_without_a_label_gives_none() -> None:
     view = strong()({"image": positions(40, 30)["image"], "key": "s/0"}, sample_rng(0, "unlabelled", 0))
-    assert set(view) == {"image", "clean", "cutmix"}
+    assert set(view) == {"image", "clean", "crop", "cutmix"}
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (24, 24)], ids=str)
@@ -160,6 +160,34 @@ def test_strengths_of_zero_and_probabilities() -> None:
     often = augment(flip=0.25)
     first = [often(sample, sample_rng(0, "labelled", i))["clean"][0, 0, 0] for i in range(800)]
     assert 0.2 < np.mean(np.array(first) > 0) < 0.3
+
+
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_jitter_is_brightness_then_contrast_then_saturation(position: int) -> None:
+    """As torchvision defines them: a factor, a blend with the mean grey, a blend with each pixel's own grey."""
+    sample = positions(24, 24)
+    view = augment(jitter=1.0, hue=0.0)(sample, sample_rng(0, "labelled", position))
+    rng = sample_rng(0, "labelled", position)
+    rng.integers(1), rng.integers(1), rng.random(), rng.random()  # crop, flip, CutMix
+    assert rng.random() < 1 and rng.random() > 0 and rng.random() > 0  # jitter, grey, blur
+    brightness, contrast, saturation = (rng.uniform(0.5, 1.5) for _ in range(3))
+    expected = view["clean"].astype(float) * brightness
+    expected = contrast * expected + (1 - contrast) * (expected @ LUMA).mean()
+    expected = saturation * expected + (1 - saturation) * (expected @ LUMA)[..., None]
+    assert np.abs(view["image"] - expected.clip(0, 255)).max() <= 1.5  # one rounding, and that of OpenCV's factors
+
+
+def test_hue_turns_colours_and_leaves_greys() -> None:
+    red, green, blue = np.eye(3, dtype=np.uint8) * 200
+    row = np.stack([red, green, blue, *np.repeat([[0], [90], [255]], 3, 1)]).astype(np.uint8)
+    image = row[None].repeat(6, 0)
+    np.testing.assert_allclose(_turned(image, 1 / 3)[0, :3], [green, blue, red], atol=6)  # a step is 1.4 degrees
+    np.testing.assert_allclose(_turned(image, -1 / 3)[0, :3], [blue, red, green], atol=6)
+    assert_array_equal(_turned(image, 0.2)[0, 3:], row[3:])
+    assert_array_equal(_turned(image, 0.001), image)  # less than a step
 
 
 def test_blur_keeps_the_mean_and_lowers_the_contrast() -> None:

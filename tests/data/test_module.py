@@ -7,23 +7,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
+from depthany.config.build import build
+from depthany.config.launch import compose
 from depthany.data.augment import Augment
 from depthany.data.files import DecodeError
 from depthany.data.labels import encode_pseudo
-from depthany.data.module import DepthData, EvalDataset, Mix, collate, normalise_image, start_worker
+from depthany.data.module import DepthData, EvalDataset, Mix, collate, normalise_image
 from depthany.data.order import Spot
 from depthany.data.shards import Shard, label_path, write_shard
 from depthany.data.sources.packed import Packed
+from depthany.data.sources.photos import PhotoFolder
 from depthany.data.sources.scenes import Scenes
 from depthany.types import IMAGENET_MEAN, IMAGENET_STD, DepthKind, DepthSample, Skip
 
 TEACHER = "teacher-00000000"
-SIZES = {"a": 6, "b": 5, "c": 13}  # labelled a and b, unlabelled c
+SIZES = {"a": 6, "b": 5, "d": 2, "c": 13}  # labelled a, b and d, unlabelled c
 
 
 def scenes(name: str) -> Scenes:
@@ -66,6 +69,8 @@ def data(root: Path, *, unlabelled: int = 2, labelled: int = 1, teacher: str | N
         "validation": {"a": packed("a", root)},
         "max_depth": {"a": None},
         "num_workers": 0,
+        "start_method": None,
+        "reduced_decode": False,
         "window": 2,
         "limit": None,
         "skip_limit": 0.1,
@@ -81,12 +86,30 @@ def data(root: Path, *, unlabelled: int = 2, labelled: int = 1, teacher: str | N
     return made
 
 
+def online_data(root: Path, **changes: Any) -> Any:
+    """A DepthData whose unlabelled images go to a teacher of 28 pixels whole."""
+    made = data(root, teacher=None, online=True, **changes)
+    made.teacher_size, made.teacher_multiple = 28, 14
+    return made
+
+
 def assert_same(first: list[Any], second: list[Any]) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
-            assert torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name], name
+            if name == "teacher_input":
+                for group, other in zip(value, b[name], strict=True):
+                    assert all(torch.equal(x, y) for x, y in zip(group, other, strict=True))
+            else:
+                assert torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name], name
+
+
+def process(rank: int, world: int) -> Any:
+    """What a loader asks of a trainer at the start of a run."""
+    progress = SimpleNamespace(current=SimpleNamespace(ready=0))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
+    return SimpleNamespace(global_rank=rank, world_size=world, fit_loop=loop)
 
 
 def keys(batches: list[Any], *, pseudo: bool) -> list[str]:
@@ -98,8 +121,7 @@ def keys(batches: list[Any], *, pseudo: bool) -> list[str]:
 def test_a_batch_keeps_the_contract(root: Path) -> None:
     for batch in data(root).train_dataloader():
         count = len(batch["key"])
-        assert batch["image"].shape == batch["clean"].shape == (count, 16, 16, 3)
-        assert batch["image"].dtype == batch["clean"].dtype == torch.uint8
+        assert batch["image"].shape == (count, 16, 16, 3) and batch["image"].dtype == torch.uint8
         assert batch["disparity"].shape == batch["valid"].shape == (count, 16, 16)
         assert batch["disparity"].dtype == torch.float32 and batch["valid"].dtype == torch.bool
         assert batch["pseudo"].dtype == torch.bool and batch["weight"].dtype == torch.float32
@@ -112,7 +134,9 @@ def test_a_batch_keeps_the_contract(root: Path) -> None:
 
 
 def test_disparity_is_normalised_per_image_after_the_crop(root: Path) -> None:
-    for batch in data(root).train_dataloader():
+    made = data(root)
+    for batch in made.train_dataloader():
+        made.on_after_batch_transfer(batch, 0)
         for disparity, valid in zip(batch["disparity"], batch["valid"], strict=True):
             assert not disparity[~valid].any()
             assert disparity[valid].min() == 0 and disparity[valid].max() == 1
@@ -129,6 +153,46 @@ def test_an_epoch_is_every_image_once_at_one_to_two(root: Path) -> None:
     assert sum(batch["consumed"] for batch in batches) == 13
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("recipe", ["v1", "v2"])
+def test_the_papers_mixes(root: Path, recipe: str, world: int) -> None:
+    """From their configs: V1 one labelled to two pseudo-labelled in every batch, V2 pseudo-labelled only.
+
+    The unlabelled images are an epoch of 13, each once; the two labelled ones are used again and again, as often as
+    each other and never in the same view.
+    """
+    mix = build(compose("train", ["stage=student", f"recipe={recipe}"]).mix)
+    ranks = []
+    for rank in range(world):
+        always = {"labelled": augment(jitter=1.0), "unlabelled": augment()}
+        made = data(root, mix=mix, sources={"d": packed("d", root)}, augment=always)
+        made.trainer = process(rank, world)
+        ranks.append(list(made.train_dataloader()))
+    steps = list(zip(*ranks, strict=True))
+    assert made.num_samples == 13 == sum(step[0]["consumed"] for step in steps)
+    assert Counter(keys([b for step in steps for b in step], pseudo=True)) == dict.fromkeys(
+        (scenes("c").key(i) for i in range(13)), 1
+    )
+    for number, step in enumerate(steps):
+        pseudo, labelled = (keys(list(step), pseudo=p) for p in (True, False))
+        if number < len(steps) - 1:
+            assert (len(labelled), len(pseudo)) == ((2, 4) if recipe == "v1" else (0, 6))
+            assert {len(keys([b], pseudo=False)) for b in step} == {len(labelled) / world}
+        for part in (True, False) if recipe == "v1" else (True,):
+            weight = sum(float(b["weight"][b["pseudo"] == part].sum()) for b in step) / world
+            assert weight == pytest.approx(1)  # a true mean of each part over all ranks
+        assert all(step[0]["consumed"] == b["consumed"] == len(pseudo) for b in step)
+    recycled = [(b["key"][i], b["image"][i]) for step in steps for b in step for i in torch.nonzero(~b["pseudo"])[:, 0]]
+    used = Counter(keys([b for step in steps for b in step], pseudo=False))
+    if recipe == "v1":
+        assert set(used) == {scenes("d").key(0), scenes("d").key(1)} and sorted(used.values()) == [3, 4]
+        for key in used:
+            views = [image.numpy().tobytes() for other, image in recycled if other == key and image.any()]
+            assert len(set(views)) == len(views) == used[key]
+    else:
+        assert not used and not recycled
+
+
 def test_labelled_epochs_are_every_image_as_often(root: Path) -> None:
     made = data(root, unlabelled=0, mix=Mix(labelled=1, unlabelled=0, epochs=3), batch_size=4)
     batches = list(made.train_dataloader())
@@ -137,13 +201,15 @@ def test_labelled_epochs_are_every_image_as_often(root: Path) -> None:
     assert made.num_samples == 33 and len(batches) == 9
     assert Counter(seen) == dict.fromkeys(everything, 3)
     assert all(Counter(seen[i : i + 11]) == Counter(everything) for i in (0, 11, 22))
-    assert "clean" not in batches[0] and "cutmix" not in batches[0]
+    assert "teacher_input" not in batches[0] and "cutmix" not in batches[0]
 
 
-def test_workers_change_nothing(root: Path) -> None:
-    alone = list(data(root).train_dataloader())
+@pytest.mark.parametrize("labels", ["offline", "online"])
+def test_workers_change_nothing(root: Path, labels: str) -> None:
+    make = data if labels == "offline" else online_data
+    alone = list(make(root).train_dataloader())
     for num_workers in (1, 2):
-        assert_same(alone, list(data(root, num_workers=num_workers).train_dataloader()))
+        assert_same(alone, list(make(root, num_workers=num_workers).train_dataloader()))
 
 
 def test_the_dataset_travels_to_another_process(root: Path) -> None:
@@ -154,35 +220,41 @@ def test_the_dataset_travels_to_another_process(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_start_methods_change_nothing(root: Path, method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"{method} is not of this system")
-    made = data(root)
-    loader: DataLoader[Any] = DataLoader(
-        made.train_dataset(),
-        batch_sampler=made.train_dataloader().batch_sampler,
-        collate_fn=collate,
-        num_workers=2,
-        worker_init_fn=start_worker,
-        multiprocessing_context=method,
-    )
-    assert_same(list(made.train_dataloader()), list(loader))
+    started = data(root, num_workers=1, start_method=method).train_dataloader()
+    assert started.multiprocessing_context.get_start_method() == method  # type: ignore[union-attr]
+    assert_same(list(data(root).train_dataloader()), list(started))
+
+
+def teacher_inputs(batch: Any) -> dict[str, list[torch.Tensor]]:
+    """Whole image, rows and columns of each image whose label is made online."""
+    groups = batch.get("teacher_input", [])
+    return {batch["key"][i]: rest for group in groups for i, *rest in zip(*group, strict=True)}
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_same_images_and_views(root: Path, world: int) -> None:
-    alone = list(data(root).train_dataloader())
+@pytest.mark.parametrize("labels", ["offline", "online"])
+def test_ranks_share_the_same_images_and_views(root: Path, labels: str, world: int) -> None:
+    make = data if labels == "offline" else online_data
+    alone = list(make(root).train_dataloader())
     shares = []
     for rank in range(world):
-        made = data(root)
-        made.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+        made = make(root)
+        made.trainer = process(rank, world)
         shares.append(list(made.train_dataloader()))
     for whole, *parts in zip(alone, *shares, strict=True):
         assert len({len(part["key"]) for part in parts}) == 1
         images = {key: i for i, key in enumerate(whole["key"])}
         used = Counter(key for part in parts for key in keys([part], pseudo=True) + keys([part], pseudo=False))
         assert used == dict.fromkeys(images, 1)
+        wholes = teacher_inputs(whole)
+        assert sorted(wholes) == sorted(key for part in parts for key in teacher_inputs(part))
+        assert len(wholes) == (int(whole["pseudo"].sum()) if labels == "online" else 0)
+        for key, mine in ((key, mine) for part in parts for key, mine in teacher_inputs(part).items()):
+            assert all(torch.equal(a, b) for a, b in zip(wholes[key], mine, strict=True))
         for part in parts:
             for i, key in enumerate(part["key"]):
                 if part["weight"][i] > 0:
@@ -268,7 +340,7 @@ def test_what_packing_left_out_is_told(root: Path, tmp_path: Path) -> None:
 
 def test_the_truth_of_an_unlabelled_source_is_never_handed_on(root: Path) -> None:
     """A source may know the depth of its pictures: a student that saw it would beat every teacher."""
-    online = list(data(root, teacher=None, online=True).train_dataloader())
+    online = list(online_data(root).train_dataloader())
     for batch in online:
         assert not batch["valid"][batch["pseudo"]].any() and not batch["disparity"][batch["pseudo"]].any()
         assert all(kind == DepthKind.PSEUDO for kind, p in zip(batch["kind"], batch["pseudo"], strict=True) if p)
@@ -281,11 +353,33 @@ def test_the_truth_of_an_unlabelled_source_is_never_handed_on(root: Path) -> Non
 
 
 def test_online_and_offline_labels_are_for_the_same_views(root: Path) -> None:
-    offline, online = (data(root, teacher=t, online=t is None).train_dataloader() for t in (TEACHER, None))
-    for a, b in zip(offline, online, strict=True):
+    for a, b in zip(data(root).train_dataloader(), online_data(root).train_dataloader(), strict=True):
         assert a["key"] == b["key"]
-        for name in ("image", "clean", "cutmix"):
+        for name in ("image", "cutmix", "weight"):
             assert torch.equal(a[name], b[name])
+
+
+# --- decoding at a fraction -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_large_jpegs_are_decoded_at_half_where_asked_but_whole_for_a_teacher(
+    root: Path, tmp_path: Path, reduced: bool, online: bool
+) -> None:
+    for i in range(2):
+        cv2.imwrite(str(tmp_path / f"{i}.jpg"), np.full((33, 49, 3), 90 * i, np.uint8))
+    photos = PhotoFolder(root=tmp_path, pattern="*.jpg", name="photos")
+    shards = Packed(source=photos, root=str(tmp_path), samples_per_shard=2, short_side=None)
+    made = online_data(root, mix=Mix(labelled=0, unlabelled=1, epochs=1), reduced_decode=reduced)
+    made.unlabelled, made.online, made._ready = {"photos": shards}, online, False
+    made.prepare_data()
+    made.setup()
+    half = reduced and not online  # 33 is twice the crop of 16
+    assert shards.read(0)["image"].shape == ((17, 25, 3) if half else (33, 49, 3))
+    assert all(source.read(0)["image"].shape == (24, 24, 3) for source in made.sources.values())  # PNG
+    batches = list(made.train_dataloader())
+    assert all(batch["weight"].all() for batch in batches) == online  # there are no stored labels
 
 
 # --- limits and validation --------------------------------------------------------------------------------------------
@@ -298,6 +392,21 @@ def test_a_limit_is_for_each_source(root: Path) -> None:
     assert len(made.parts["labelled"]) == 6
     made.eval_size, made.eval_multiple = 16, 8
     assert len(list(made.val_dataloader())) == 3
+
+
+def test_a_limit_holds_for_sources_that_are_not_packed(root: Path) -> None:
+    made = data(
+        root, limit=3, sources={"a": scenes("a"), "b": packed("b", root)}, mix=Mix(labelled=1, unlabelled=0, epochs=2)
+    )
+    batches = list(made.train_dataloader())
+    assert made.num_samples == 12 and len(made.parts["labelled"]) == 6
+    assert Counter(keys(batches, pseudo=False)) == dict.fromkeys((scenes(n).key(i) for n in "ab" for i in range(3)), 2)
+    made = online_data(root, limit=4)
+    made.unlabelled = {"c": scenes("c")}
+    assert made.num_samples == 4
+    assert set(keys(list(made.train_dataloader()), pseudo=True)) == {scenes("c").key(i) for i in range(4)}
+    made.limit = 99
+    assert made.num_samples == 13
 
 
 def test_validation_shows_the_whole_image_and_keeps_the_label(root: Path) -> None:
@@ -345,7 +454,7 @@ def test_ranks_validate_each_image_once(root: Path) -> None:
     for rank in range(4):
         made = data(root)
         made.eval_size, made.eval_multiple = 16, 8
-        made.trainer = SimpleNamespace(global_rank=rank, world_size=4)
+        made.trainer = process(rank, 4)
         seen += [item["key"][0] for item in made.val_dataloader()]
     assert sorted(seen) == [scenes("a").key(i) for i in range(6)]
 
@@ -356,8 +465,6 @@ def test_bytes_are_normalised_on_the_device(root: Path) -> None:
     raw = batch["image"]
     moved = made.on_after_batch_transfer(dict(batch), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    for name in ("image", "clean"):
-        expected = (batch[name].permute(0, 3, 1, 2) / 255 - mean) / std
-        torch.testing.assert_close(moved[name], expected)
+    torch.testing.assert_close(moved["image"], (raw.permute(0, 3, 1, 2) / 255 - mean) / std)
     torch.testing.assert_close(normalise_image(raw.float() / 255), moved["image"])
     assert made.on_after_batch_transfer(moved, 0)["image"] is moved["image"]  # once

@@ -17,7 +17,7 @@ def whole(counts: list[int], *, seed: int = 0, window: int = 2, epoch: int = 0) 
 
 
 def batches(*, cursor: int = 0, rank: int = 0, world: int = 1, **shape: int) -> list[list[Spot]]:
-    return list(CursorBatches(cursor=lambda: cursor, rank=rank, world=world, **shape))
+    return list(CursorBatches(cursor=lambda: cursor, done=lambda: 0, rank=rank, world=world, **shape))
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
@@ -78,7 +78,7 @@ def test_every_position_is_used_once_and_every_step_is_a_true_mean(labelled: int
         assert all(times == 1 for times in used.values())
         assert {position for part, position in used if part == counted} == set(range(total))
         assert sum(step[0].consumed for step in ranks[0]) == total
-        assert len(ranks[0]) == len(CursorBatches(cursor=lambda: 0, rank=0, world=world, **shape))
+        assert len(ranks[0]) == len(CursorBatches(cursor=lambda: 0, done=lambda: 0, rank=0, world=world, **shape))
 
 
 @pytest.mark.parametrize("size", [3, 6, 8, 24])
@@ -138,10 +138,33 @@ def test_a_resumed_run_goes_on_with_the_same_batches(world: int) -> None:
 
 def test_the_cursor_is_asked_when_iteration_starts() -> None:
     used = [0]
-    sampler = CursorBatches(cursor=lambda: used[0], total=10, size=4, labelled=1, unlabelled=0, rank=0, world=1)
+    shape = {"total": 10, "size": 4, "labelled": 1, "unlabelled": 0}
+    sampler = CursorBatches(cursor=lambda: used[0], done=lambda: 0, rank=0, world=1, **shape)
     first = next(iter(sampler))
     used[0] = 4
     assert [s.position for s in first] == [0, 1, 2, 3] and [s.position for s in next(iter(sampler))] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("before", [1, 3, 6, 8, 100])
+def test_the_batch_may_change_on_a_restart(before: int) -> None:
+    """Every position still once; the length counts what was done in the old size and what is left in the new one."""
+    shape = {"total": 31, "labelled": 1, "unlabelled": 2}
+    for done in range(len(batches(size=before, **shape)) + 1):
+        first = batches(size=before, **shape)[:done]
+        cursor = sum(step[0].consumed for step in first)
+        for after in (2, 6, 9, 50):
+            rest = batches(cursor=cursor, size=after, **shape)
+            used = [s.position for step in first + rest for s in step if s.part == "unlabelled"]
+            assert used == list(range(31))
+            given = {"cursor": lambda c=cursor: c, "done": lambda d=done: d}
+            assert len(CursorBatches(**given, size=after, rank=0, world=1, **shape)) == len(first + rest)
+
+
+def test_no_stream_of_random_numbers_is_used_twice() -> None:
+    """NumPy takes [seed], [seed, 0] and [seed, 0, 0] for one seed: shards and samples were permuted alike."""
+    order = EpochOrder(counts=[1], seed=0, window=1)
+    keys = [(epoch, stream) for epoch in range(3) for stream in range(5)]
+    assert len({order._random(*key).bytes(8) for key in keys}) == len(keys)
 
 
 def test_padding_has_weight_zero_and_a_real_position() -> None:

@@ -1,8 +1,20 @@
+from itertools import product
+
 import cv2
 import numpy as np
 import pytest
 
-from depthany.geometry.resize import lower_bound_size, resize_image, resize_label
+from depthany.geometry.resize import (
+    Crop,
+    crop_image,
+    crop_pixels,
+    lower_bound_size,
+    network_input,
+    resize_image,
+    resize_label,
+)
+from depthany.inference.predictor import Predictor
+from depthany.models.depth_model import DepthModel
 
 
 @pytest.mark.parametrize(
@@ -87,3 +99,103 @@ def test_label_flips_with_the_image():
     mask = label > 0.5
     flipped = resize_label(label[:, ::-1], mask[:, ::-1], mask[:, ::-1], (17, 24))[0]
     np.testing.assert_array_equal(flipped, resize_label(label, mask, mask, (17, 24))[0][:, ::-1])
+
+
+# Training views
+
+
+def photo(height, width, seed=0):
+    """Edges of full contrast and noise: what shows any shift."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 2, (height // 6 + 1, width // 6 + 1, 3)) * 200
+    return (blocks.repeat(6, 0).repeat(6, 1)[:height, :width] + rng.integers(0, 55, (height, width, 3))).astype(
+        np.uint8
+    )
+
+
+@pytest.mark.parametrize(("side", "size"), [(40, 40), (40, 20), (40, 80), (40, 60), (48, 36), (300, 30)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_is_the_window_of_the_resized_image(side, size, flip):
+    """Within 1 grey level, but for two pixels of the image along a side where the window cuts it."""
+    step = side // np.gcd(side, size)  # a window that starts there starts at a whole pixel of the resized image
+    height, width = side, side + 5 * step
+    for transposed, start in product((False, True), range(0, width - side + 1, step)):
+        image = photo(height, width)
+        image = np.ascontiguousarray(image.swapaxes(0, 1)) if transposed else image
+        top, left = (start, 0) if transposed else (0, start)
+        view = crop_image(image, Crop(*image.shape[:2], top, left, side, flip), size)
+        h, w = (round(n * size / side) for n in image.shape[:2])
+        assert h * side == image.shape[0] * size and w * side == image.shape[1] * size  # no rounding of the scale
+        first = start * size // side
+        window = np.s_[first : first + size, :] if transposed else np.s_[:, first : first + size]
+        expected = resize_image(image, (h, w), antialias=False)[window]
+        error = np.abs(view.astype(int) - (expected[:, ::-1] if flip else expected))
+        near = -(-2 * size // side)
+        assert error[near:-near, near:-near].max() <= 1
+        if start in (0, width - side):  # one side is the image's own
+            error = error[:, ::-1] if flip else error
+            error = error.swapaxes(0, 1) if transposed else error
+            assert (error[:, :-near] if start == 0 else error[:, near:]).max() <= 1
+
+
+def cubic(values, size, axis):
+    """Bicubic resampling of one axis by the book (a = -0.75), the last pixels repeated beyond the ends."""
+    values = np.moveaxis(values, axis, 0)
+    centres = (np.arange(size) + 0.5) * len(values) / size - 0.5
+    out = np.zeros((size, *values.shape[1:]))
+    for tap in range(-1, 3):
+        index = np.floor(centres).astype(int) + tap
+        x = np.abs(centres - index)
+        near = 1.25 * x**3 - 2.25 * x**2 + 1
+        far = -0.75 * x**3 + 3.75 * x**2 - 6 * x + 3
+        weight = np.where(x <= 1, near, np.where(x < 2, far, 0))
+        out += weight[:, None, None] * values[index.clip(0, len(values) - 1)]
+    return np.moveaxis(out, 0, axis)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((31, 47), 52), ((61, 40), 26), ((33, 33), 32), ((9, 200), 24)])
+def test_a_view_of_any_scale_is_exact(shape, size):
+    image = photo(*shape)
+    side = min(shape)
+    for top, left in product({0, shape[0] - side}, {0, 1, shape[1] - side} if shape[1] > side else {0}):
+        view = crop_image(image, Crop(*shape, top, left, side, False), size)
+        square = image[top : top + side, left : left + side].astype(float)
+        expected = cubic(cubic(square, size, 0), size, 1).clip(0, 255)
+        assert view.dtype == np.uint8 and np.abs(view - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(24, 36), (12, 18), (31, 50), (7, 9)])
+@pytest.mark.parametrize("size", [12, 24, 37])
+def test_a_label_of_any_size_is_cut_at_the_same_place(shape, size):
+    """Each pixel of a view takes the pixel of the label that holds its centre, in the image's field of view."""
+    for left, flip in product((0, 5, 12), (False, True)):
+        rows, columns = crop_pixels(shape, Crop(24, 36, 0, left, 24, flip), size)
+        for i in range(size):
+            assert rows[i] == int((i + 0.5) * shape[0] / size)
+            j = size - 1 - i if flip else i
+            assert columns[i] == int((left + (j + 0.5) * 24 / size) / 36 * shape[1])
+        assert rows.flags.c_contiguous and columns.flags.c_contiguous
+
+
+def test_a_label_as_large_as_the_image_is_untouched_where_nothing_is_resized():
+    rows, columns = crop_pixels((24, 36), Crop(24, 36, 0, 7, 24, False), 24)
+    assert rows.tolist() == list(range(24)) and columns.tolist() == list(range(7, 31))
+
+
+def test_the_network_input_is_the_predictors():
+    """What an online teacher sees is what the label job shows it."""
+    arguments = {"patch_size": 14, "embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 28}
+    options = {"features": 8, "out_channels": [8, 8, 8, 8], "hidden": 4, "activation": "relu", "input_size": 28}
+    encoder = {"encoder": "vit_tiny_patch16_224", "encoder_arguments": arguments, "taps": [0, 1, 2, 3]}
+    model = DepthModel(**encoder, **options, pretrained=False, pos_embed="official")
+    predictor = Predictor(model=model, device="cpu", precision="fp32", max_pixels=4000)
+    for shape, size in product([(20, 30), (90, 61), (28, 28), (9, 40)], (28, 42)):
+        image = photo(*shape)
+        given = {"size": size, "multiple": 14, "max_pixels": predictor.max_pixels}
+        if lower_bound_size(*shape, size=size, multiple=14)[1] > 4000 // size:
+            with pytest.raises(ValueError, match=rf"{shape[1]} x {shape[0]} image .* above 4000 pixels"):
+                network_input(image, **given)
+            with pytest.raises(ValueError, match="network input"):
+                predictor.network_input(image, input_size=size)
+        else:
+            assert np.array_equal(network_input(image, **given), predictor.network_input(image, input_size=size))

@@ -17,15 +17,17 @@ from depthany.config.launch import launch
 def run(cfg: DictConfig) -> None:
     """One stage: build, go on where it stopped, fit, keep the weights, evaluate, write the page."""
     from depthany.config.build import run_dir
+    from depthany.runs.ranks import claimed, join
     from depthany.runs.stage import Stage
 
-    stage = Stage(cfg, run_dir())
-    if stage.is_finished():
-        return
-    stage.prepare()
-    stage.fit()
-    stage.keep_weights()
-    stage.report()
+    with claimed(run_dir(), main=join(cfg.trainer)) as claim:
+        stage = Stage(cfg, run_dir(), claim)
+        if stage.is_finished():
+            return
+        stage.prepare()
+        stage.fit()
+        stage.keep_weights()
+        stage.report()
 
 
 def main() -> None:

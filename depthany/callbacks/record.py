@@ -79,7 +79,8 @@ def _git(folder: Path, *arguments: str) -> str:
 class MetricsCsv(Logger):
     """metrics.csv in the run folder: one row for each logged step, kept over a resume.
 
-    Lightning's own CSV logger deletes the rows of the run that it resumes.
+    Lightning's own CSV logger deletes the rows of the run that it resumes. A disk that is full does not stop training:
+    rows are kept in memory and written as soon as they can be.
     """
 
     def __init__(self, *, run_dir: Path) -> None:
@@ -88,6 +89,7 @@ class MetricsCsv(Logger):
         self._rows: dict[int, dict[str, str]] = {}
         self._columns: list[str] = []
         self._last = 0  # byte at which the last row begins
+        self._kept = False  # in memory only
 
     @property
     def name(self) -> str:
@@ -113,13 +115,22 @@ class MetricsCsv(Logger):
         is_next = not self._rows or at > next(reversed(self._rows))
         row = self._rows.setdefault(at, {"step": str(at)})
         row.update({k: f"{float(v):.8g}" for k, v in metrics.items() if k != "epoch"})
-        if not set(row) <= set(self._columns) or at != next(reversed(self._rows)) or not self.path.exists():
+        known = set(row) <= set(self._columns) and at == next(reversed(self._rows)) and self.path.exists()
+        if self._kept or not known:
             self._write_all()
             return
-        with open(self.path, "r+", newline="", encoding="utf-8") as file:  # Lightning saves after every row: no rewrite
-            self._last = file.seek(0, os.SEEK_END) if is_next else file.seek(self._last)
-            csv.DictWriter(file, self._columns).writerow(row)
-            file.truncate()
+        try:
+            with open(self.path, "r+", newline="", encoding="utf-8") as file:  # Lightning saves after every row
+                self._last = file.seek(0, os.SEEK_END) if is_next else file.seek(self._last)
+                csv.DictWriter(file, self._columns).writerow(row)
+                file.truncate()
+        except OSError as error:
+            self._keep(error)
+
+    def _keep(self, error: OSError) -> None:
+        if not self._kept:
+            print(f"{self.path} cannot be written ({error.strerror}): its rows wait in memory", flush=True)
+        self._kept = True
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The composed config is in config.yaml."""
@@ -129,13 +140,18 @@ class MetricsCsv(Logger):
         self._rows = dict(sorted(self._rows.items()))
         self._columns = list(dict.fromkeys(["step", *sorted({k for row in self._rows.values() for k in row})]))
         part = self.path.with_name(".metrics.csv.part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            for row in self._rows.values():
-                self._last = file.tell()
-                writer.writerow(row)
-        os.replace(part, self.path)
+        try:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                for row in self._rows.values():
+                    self._last = file.tell()
+                    writer.writerow(row)
+            os.replace(part, self.path)
+        except OSError as error:
+            self._keep(error)
+        else:
+            self._kept = False
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -172,10 +188,13 @@ class SkipLog(Callback):
                 self.counts[skip.source] += 1
 
     def save(self) -> None:
-        """Writes the list, beside the target and moved into place."""
+        """Writes the list, beside the target and moved into place; where it cannot, training goes on."""
         text = StringIO()
         csv.writer(text, lineterminator="\n").writerows([Skip._fields, *self.seen.values()])
-        write_text(self.path, text.getvalue())
+        try:
+            write_text(self.path, text.getvalue())
+        except OSError as error:
+            print(f"{self.path} cannot be written ({error.strerror}); the next checkpoint tries again", flush=True)
 
     def gather(self, trainer: pl.Trainer) -> None:
         """Makes the ranks' lists one, and writes it; every rank has to call it."""

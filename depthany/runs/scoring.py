@@ -11,7 +11,7 @@ from torch import Tensor
 
 from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
-from depthany.data.module import DepthData, EvalDataset
+from depthany.data.module import DepthData, EvalDataset, chunks_of
 from depthany.metrics.affine import DepthScores
 from depthany.metrics.baselines import MeanMap, constant_map, row_ramp
 from depthany.tasks.base import score
@@ -24,7 +24,7 @@ def baselines(data: DepthData) -> dict[str, Callable[[EvalBatch], Tensor]]:
     """The trivial predictors; the mean map is that of the labelled training images."""
     mean = MeanMap(size=56)
     for source in data.sources.values():
-        for i in range(len(source)):
+        for i in range(sum(chunks_of(source, data.limit))):
             try:
                 sample = source.read(i)
             except DecodeError:
@@ -32,11 +32,11 @@ def baselines(data: DepthData) -> dict[str, Callable[[EvalBatch], Tensor]]:
             assert has_label(sample), f"{source.key(i)}: no label in a labelled source"
             label = torch.from_numpy(sample["disparity"])[None], torch.from_numpy(sample["valid"])[None]
             mean.update(*label)
-    return {
+    trivial: dict[str, Callable[[EvalBatch], Tensor]] = {
         "constant": lambda batch: constant_map(*batch["image"].shape[-2:])[None],
         "image row": lambda batch: row_ramp(*batch["image"].shape[-2:])[None],
-        "mean map": lambda batch: mean.map()[None],
     }
+    return trivial | ({"mean map": lambda batch: mean.map()[None]} if data.sources else {})
 
 
 def score_all(
@@ -45,6 +45,8 @@ def score_all(
     """One row for each predictor and validation source."""
     sources = list(data.validation.values())
     dataset = EvalDataset(sources, size=size, multiple=multiple, limit=data.limit)
+    if not len(dataset):
+        return []
     scores = {name: DepthScores(sources=[s.name for s in sources]) for name in predictors}
     with torch.inference_mode():
         for i in track(range(len(dataset)), "evaluating"):
@@ -62,6 +64,9 @@ def score_all(
 
 def print_table(rows: list[Row]) -> None:
     """The rows as a table: one line for each predictor, the scores of each source side by side."""
+    if not rows:
+        print("no scores: there are no labelled images under data.validation")
+        return
     sources = list(dict.fromkeys(row["source"] for row in rows))
     table = Table(title="affine-invariant depth: AbsRel (lower is better), delta1 (higher is better)")
     table.add_column("model")

@@ -1,18 +1,23 @@
 """Laws of what a run leaves in its folder: whole files, rows that outlive a kill, a bounded list of skips."""
 
 import csv
+import errno
 import json
 import os
+import random
+import re
 import time
+import zipfile
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from depthany.callbacks import checkpoint as checkpoint_module
-from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, newest_checkpoint
+from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, Stopped, damage, newest_checkpoint
 from depthany.callbacks.ema import Ema
 from depthany.callbacks.record import MetricsCsv, SkipLog, finished_runs, read_record, write_json
 from depthany.types import Skip
@@ -147,6 +152,45 @@ def test_the_newest_whole_checkpoint_is_found_and_damaged_newer_ones_are_named(t
     assert damaged == [f"step-{step:08d}.ckpt" for step in (200, 99, 30, 16, 15)]
 
 
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    """torch.load takes most of them for weights."""
+    io, older, path = AtomicCheckpointIO(), *(tmp_path / f"step-0000000{n}.ckpt" for n in (1, 2))
+    io.save_checkpoint(content(), older)
+    io.save_checkpoint({"state_dict": {"a": torch.arange(4096.0)}}, path)
+    whole, rng, found = path.read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        torn = bytearray(whole)
+        torn[rng.randrange(len(torn))] ^= 1 << rng.randrange(8)
+        path.write_bytes(torn)
+        newest, damaged = newest_checkpoint(tmp_path)
+        if newest == path:
+            assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.arange(4096.0))
+        else:
+            assert (newest, damaged) == (older, [path.name])
+            found += 1
+    assert found > 90
+
+
+def test_what_was_written_is_read_back_before_it_counts(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "step-00000001.ckpt"
+    io.save_checkpoint(content(), path)
+    before = path.read_bytes()
+
+    def bad_disk(fd):
+        os.pwrite(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY), b"?", 700)
+
+    monkeypatch.setattr(checkpoint_module.os, "fsync", bad_disk)
+    with pytest.raises(OSError, match=r"cannot be read back \(.*checksum"):
+        io.save_checkpoint({"state_dict": {"a": torch.ones(999)}}, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_an_archive_that_unpacks_to_more_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "step-00000001.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(100_000_000))
+    assert damage(tmp_path / "step-00000001.ckpt") == "it is compressed, as torch never does"
+
+
 def test_no_folder_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
 
@@ -155,27 +199,29 @@ def test_no_folder_no_checkpoint(tmp_path):
 
 
 def saved(folder) -> list[int]:
-    return sorted(int(p.stem.removeprefix("step-")) for p in (folder / "checkpoints").glob("*"))
+    return sorted(int(p.stem.removeprefix("step-")) for p in (folder / "checkpoints").glob("*.ckpt"))
 
 
-@pytest.mark.parametrize(("keep", "expected"), [(1, [4, 6]), (2, [4, 6]), (3, [2, 4, 6])])
+@pytest.mark.parametrize(("keep", "expected"), [(1, [6, 7]), (2, [6, 7]), (3, [4, 6, 7])])
 def test_the_newest_few_are_kept_and_never_less_than_two(keep, expected, tmp_path):
     trainer(tmp_path, StepCheckpoint(every_steps=2, keep=keep)).fit(Net(), loader(7))
     assert saved(tmp_path) == expected
 
 
-def test_a_damaged_checkpoint_is_replaced_under_its_own_name(tmp_path):
-    """Under another name it would not be found, and all after it would be lost with the next kill."""
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-00000004.ckpt").write_bytes(b"torn")
+def test_what_a_kill_cut_off_goes_and_what_was_found_damaged_is_set_aside(tmp_path):
+    """Else it would be counted among the newest, and the last good one would have to go."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-00000004.ckpt").write_bytes(b"torn")
+    (folder / ".step-00000004.ckpt.part").write_bytes(b"to")
     trainer(tmp_path, StepCheckpoint(every_steps=2, keep=2)).fit(Net(), loader(5))
-    assert saved(tmp_path) == [2, 4]
-    path, damaged = newest_checkpoint(tmp_path / "checkpoints")
-    assert path is not None and path.name == "step-00000004.ckpt" and damaged == []
+    assert saved(tmp_path) == [4, 5]
+    assert (folder / "step-00000004.damaged").read_bytes() == b"torn" and len(list(folder.iterdir())) == 3
+    assert newest_checkpoint(folder) == (folder / "step-00000005.ckpt", [])
 
 
-def test_a_validated_step_is_saved_after_its_validation(tmp_path):
-    """Else a run killed during the validation would go on without it."""
+def test_a_step_is_saved_before_its_validation_and_the_last_one_always(tmp_path):
+    """However long a validation takes, no step is lost in it."""
     events = []
 
     class Watched(AtomicCheckpointIO):
@@ -186,11 +232,30 @@ def test_a_validated_step_is_saved_after_its_validation(tmp_path):
         def on_validation_epoch_end(self):
             events.append(f"validate {self.global_step}")
 
-    checkpoint = StepCheckpoint(every_steps=2, keep=2)
+    checkpoint = StepCheckpoint(every_steps=3, keep=2)
     run = trainer(tmp_path, checkpoint, val_check_interval=4, check_val_every_n_epoch=None)
     run.strategy.checkpoint_io = Watched()
-    run.fit(Net2(), loader(8), loader(1))
-    assert events == ["save 2", "validate 4", "save 4", "save 6", "validate 8", "save 8"]
+    run.fit(Net2(), loader(10), loader(1))
+    assert events == ["save 3", "save 4", "validate 4", "save 6", "save 8", "validate 8", "save 9", "save 10"]
+
+
+def test_the_row_of_a_step_is_on_disk_before_its_checkpoint(tmp_path):
+    """Else a kill between the two would lose it: the step is not taken again."""
+    last_row = {}
+
+    class Watched(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            last_row[checkpoint["global_step"]] = table(tmp_path)[-1]
+
+    class Late(Callback):  # logs where the other callbacks do
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.log("late", float(batch) * 2)
+
+    run = trainer(tmp_path, Late(), StepCheckpoint(every_steps=2, keep=2), logger=MetricsCsv(run_dir=tmp_path))
+    run.strategy.checkpoint_io = Watched()
+    run.fit(Net(), loader(4))
+    assert last_row == {n: {"step": str(n - 1), "train/loss": str(n), "late": str(2 * n)} for n in (2, 4)}
+    assert len(table(tmp_path)) == 4
 
 
 def test_no_checkpoint_between_the_batches_of_an_accumulated_step(tmp_path):
@@ -206,7 +271,23 @@ def test_no_checkpoint_between_the_batches_of_an_accumulated_step(tmp_path):
         run = trainer(tmp_path, StepCheckpoint(every_steps=2, keep=2), accumulate_grad_batches=3)
         run.strategy.checkpoint_io = Watched()
         run.fit(net, loader(9), ckpt_path=tmp_path / "checkpoints" / "step-00000002.ckpt" if going_on else None)
-    assert seen == [(2, 6)]
+    assert seen == [(2, 6), (3, 9), (3, 3)]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_words(tmp_path):
+    class Full(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            if checkpoint["global_step"] == 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().save_checkpoint(checkpoint, path)
+
+    run = trainer(tmp_path, StepCheckpoint(every_steps=2, keep=2))
+    run.strategy.checkpoint_io = Full()
+    with pytest.raises(Stopped) as stopped:
+        run.fit(Net(), loader(6))
+    assert stopped.value.code == 73 and saved(tmp_path) == [2]
+    words = r"disk full: .*checkpoints has \d+ MB free, .* step 4\. Make room .* same command .* step-00000002\.ckpt"
+    assert re.match(words, stopped.value.text) and "\n" not in stopped.value.text
 
 
 def test_averaged_weights_are_kept_even_where_nothing_was_left_to_train(tmp_path):
@@ -293,15 +374,16 @@ def test_writing_a_row_does_not_write_the_others_again(tmp_path):
     assert len(table(tmp_path)) == 3000
 
 
-def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
-    """Through Lightning, from a checkpoint between validations and from one at a validation."""
+@pytest.mark.parametrize("every", [4, 5])
+def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(every, tmp_path):
+    """Through Lightning, from a checkpoint between validations, from one at a validation, and from the last one."""
 
     def fit(folder, ckpt=None):
         log = MetricsCsv(run_dir=folder)
         if ckpt:
             log.resume(int(ckpt.stem.removeprefix("step-")))
         checkpoint = StepCheckpoint(every_steps=2, keep=9)
-        run = trainer(folder, checkpoint, logger=log, val_check_interval=4, check_val_every_n_epoch=None)
+        run = trainer(folder, checkpoint, logger=log, val_check_interval=every, check_val_every_n_epoch=None)
         run.fit(Net(), loader(10) if ckpt is None else rest(ckpt), loader(1), ckpt_path=ckpt, weights_only=True)
 
     def rest(ckpt):
@@ -316,11 +398,17 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     fit(whole)
-    assert len(table(whole)) == 10 and [i for i, row in enumerate(table(whole)) if "val/a" in row] == [3, 7]
-    for step in (2, 4, 8):
+    assert len(table(whole)) == 10
+    assert [i for i, row in enumerate(table(whole)) if "val/a" in row] == [every - 1, 2 * every - 1]
+    for step in saved(whole):
         again = tmp_path / str(step)
         again.mkdir()
-        (again / "metrics.csv").write_bytes((whole / "metrics.csv").read_bytes())
+        rows = table(whole)[:step]
+        rows[-1].pop("val/a", None)  # as killed right after the checkpoint
+        with open(again / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(table(whole)[every - 1]))
+            writer.writeheader()
+            writer.writerows(rows)
         fit(again, whole / "checkpoints" / f"step-{step:08d}.ckpt")
         assert table(again) == table(whole), step
 

@@ -2,33 +2,24 @@
 
 import csv
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from depthany.callbacks.record import read_record, write_json
-from depthany.config.build import build
 from depthany.config.check import ConfigError, plain
 from depthany.config.launch import compose
-from depthany.data.labels import LabelPlan
-from depthany.data.sources.packed import Packed
-from depthany.data.sources.scenes import Scenes
-from depthany.inference.predictor import Predictor
 from depthany.runs.find import find_weights, open_model
-from depthany.runs.label_job import label_shards
-from depthany.runs.stage import _differences, _learnt
+from depthany.runs.stage import MAY_CHANGE, _differences, _learnt
+from tests.processes import Group, Zygote
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 120
 FEW = ["data.limit=48", "trainer.limit_val_batches=2", "trainer.val_check_interval=6", "trainer.log_every_n_steps=1"]
 FEW += ["callbacks.checkpoint.every_steps=3", "callbacks.checkpoint.keep=99"]
@@ -38,38 +29,15 @@ STUDENT_V2 = ["stage=student", "optim.student_epochs=3", *FEW]  # 18 steps
 TIMINGS = {"images_per_s", "data_wait"}
 
 
-def start(verb: str, *arguments: str, runs: Path) -> subprocess.Popen[str]:
-    """A verb in a process group of its own, so that its loader workers and other ranks can be killed with it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "RANK", "LOCAL_RANK", "WORLD"))}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", f"depthany.{verb}", f"paths.runs={runs}", *arguments]
-    runs.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        command,
-        cwd=runs,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(zygote: Zygote, verb: str, *arguments: str, runs: Path, world: int = 1) -> Group:
+    return zygote.start([f"depthany.{verb}", f"paths.runs={runs}", *arguments], cwd=runs, world=world)
 
 
-def call(verb: str, *arguments: str, runs: Path, code: int = 0) -> str:
+def call(zygote: Zygote, verb: str, *arguments: str, runs: Path, code: int = 0, world: int = 1) -> str:
     """The verb's output; it ends with `code`, in time."""
-    process = start(verb, *arguments, runs=runs)
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        kill(process)
-        pytest.fail(f"{verb} {arguments} did not end in {LIMIT_S} s")
-    assert process.returncode == code, output
-    return output
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    group = start(zygote, verb, *arguments, runs=runs, world=world)
+    assert set(group.wait(LIMIT_S)) == {code}, group.output()
+    return group.output()
 
 
 def only_run(runs: Path, stage: str) -> Path:
@@ -81,17 +49,17 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.stem.removeprefix("step-")) for p in folder.glob("checkpoints/step-*.ckpt"))
 
 
-def killed(stage: str, *arguments: str, runs: Path, at_step: int, after_s: float) -> None:
+def killed(zygote: Zygote, stage: str, *arguments: str, runs: Path, at_step: int, after_s: float) -> None:
     """Starts, waits for the checkpoint of a step, a moment longer, then SIGKILLs the whole group."""
-    process = start("train", *arguments, runs=runs)
+    group = start(zygote, "train", *arguments, runs=runs)
     ends = time.monotonic() + LIMIT_S
-    while process.poll() is None and time.monotonic() < ends:
+    while group.poll() == [None] and time.monotonic() < ends:
         if any(step >= at_step for folder in runs.glob(f"{stage}-callbacks*") for step in steps(folder)):
             break
         time.sleep(0.002)
     time.sleep(after_s)
-    assert process.poll() is None, process.communicate()[0]
-    kill(process)
+    assert group.poll() == [None], group.output()
+    group.kill()
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -119,26 +87,26 @@ def shards(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory, shards) -> Path:
+def smoke(zygote, tmp_path_factory, shards) -> Path:
     """A finished teacher of two steps."""
     runs = tmp_path_factory.mktemp("smoke")
-    call("train", "stage=teacher", "debug=smoke", shards, runs=runs)
+    call(zygote, "train", "stage=teacher", "debug=smoke", shards, runs=runs)
     return only_run(runs, "teacher")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, shards) -> Path:
+def teacher(zygote, tmp_path_factory, shards) -> Path:
     """A finished teacher, never interrupted."""
     runs = tmp_path_factory.mktemp("teacher")
-    call("train", *TEACHER, shards, runs=runs)
+    call(zygote, "train", *TEACHER, shards, runs=runs)
     return only_run(runs, "teacher")
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory, shards, teacher) -> Path:
+def student(zygote, tmp_path_factory, shards, teacher) -> Path:
     """A finished student of recipe V1 on the teacher's stored labels, never interrupted."""
     runs = tmp_path_factory.mktemp("student")
-    call("train", *STUDENT_V1, f"task.teacher_ckpt={teacher}", shards, runs=runs)
+    call(zygote, "train", *STUDENT_V1, f"task.teacher_ckpt={teacher}", shards, runs=runs)
     return only_run(runs, "student")
 
 
@@ -162,7 +130,9 @@ def test_a_run_leaves_weights_record_rows_and_page(smoke):
 # (a) Resume
 
 
-def interrupted_equals_whole(whole: Path, command: list[str], runs: Path, *, seed: int, kills: int) -> None:
+def interrupted_equals_whole(
+    zygote: Zygote, whole: Path, command: list[str], runs: Path, *, seed: int, kills: int
+) -> None:
     """Killed at random moments, with another number of loader workers each time: the same bits and rows."""
     rng = random.Random(seed)
     stage = command[0].removeprefix("stage=")
@@ -170,12 +140,12 @@ def interrupted_equals_whole(whole: Path, command: list[str], runs: Path, *, see
     for turn in range(kills):
         at_step = rng.randint(1 + turn * last // (2 * kills), (turn + 1) * last // (2 * kills))
         workers = f"data.num_workers={turn % 2}"
-        killed(stage, *command, workers, runs=runs, at_step=at_step, after_s=rng.uniform(0.01, 0.12))
+        killed(zygote, stage, *command, workers, runs=runs, at_step=at_step, after_s=rng.uniform(0.01, 0.12))
         assert not list(runs.glob(f"{stage}-callbacks*/model.safetensors")), "killed too late to prove anything"
         if stage == "student":  # a newer teacher must not take over in the middle
             add_teacher(runs, next(runs.glob("teacher-first")), f"teacher-other{turn}", finished=f"2099-01-0{turn + 1}")
             shutil.copy(whole / "model.safetensors", runs / f"teacher-other{turn}")
-    output = call("train", *command, f"data.num_workers={kills % 2}", runs=runs)
+    output = call(zygote, "train", *command, f"data.num_workers={kills % 2}", runs=runs)
     assert "going on from" in output
     run = next(runs.glob(f"{stage}-callbacks*"))
     assert same_bits(run, whole)
@@ -183,74 +153,61 @@ def interrupted_equals_whole(whole: Path, command: list[str], runs: Path, *, see
 
 
 @pytest.mark.slow
-def test_a_killed_teacher_ends_as_if_nothing_had_been(teacher, shards, tmp_path):
-    interrupted_equals_whole(teacher, [*TEACHER, shards], tmp_path, seed=1, kills=2)
+def test_a_killed_teacher_ends_as_if_nothing_had_been(zygote, teacher, shards, tmp_path):
+    interrupted_equals_whole(zygote, teacher, [*TEACHER, shards], tmp_path, seed=1, kills=2)
 
 
 @pytest.mark.slow
-def test_a_killed_student_ends_as_if_nothing_had_been(student, teacher, shards, tmp_path):
+def test_a_killed_student_ends_as_if_nothing_had_been(zygote, student, teacher, shards, tmp_path):
     add_teacher(tmp_path, teacher, "teacher-first")
-    interrupted_equals_whole(student, [*STUDENT_V1, shards], tmp_path, seed=2, kills=2)
+    interrupted_equals_whole(zygote, student, [*STUDENT_V1, shards], tmp_path, seed=2, kills=2)
 
 
 @pytest.mark.slow
-def test_so_does_a_student_without_averaged_weights(teacher, shards, tmp_path):
+def test_so_does_a_student_without_averaged_weights(zygote, teacher, shards, tmp_path):
     command = [*STUDENT_V2, "callbacks.ema=null", shards]
     for runs in (tmp_path / "whole", tmp_path / "killed"):
         runs.mkdir()
         add_teacher(runs, teacher, "teacher-first")
-    call("train", *command, runs=tmp_path / "whole")
+    call(zygote, "train", *command, runs=tmp_path / "whole")
     whole = next((tmp_path / "whole").glob("student-callbacks*"))
-    interrupted_equals_whole(whole, command, tmp_path / "killed", seed=3, kills=1)
+    interrupted_equals_whole(zygote, whole, command, tmp_path / "killed", seed=3, kills=1)
 
 
 @pytest.mark.slow
-def test_a_run_killed_after_its_last_checkpoint_and_one_with_a_damaged_one_end_alike(teacher, shards, tmp_path):
+def test_a_run_killed_after_its_last_checkpoint_and_one_with_a_damaged_one_end_alike(zygote, teacher, shards, tmp_path):
     """Both go on by themselves, and the damaged file is named."""
     run = tmp_path / teacher.name
     shutil.copytree(teacher, run)
     for name in ("record.json", "model.safetensors", "report.html"):
         (run / name).unlink()
     newest = run / "checkpoints" / f"step-{max(steps(run)):08d}.ckpt"
-    call("train", *TEACHER, shards, runs=tmp_path)
+    call(zygote, "train", *TEACHER, shards, runs=tmp_path)
     assert same_bits(run, teacher) and rows(run) == rows(teacher)
 
     (run / "record.json").unlink()
     newest.write_bytes(newest.read_bytes()[:2000])
-    output = call("train", *TEACHER, shards, runs=tmp_path)
+    output = call(zygote, "train", *TEACHER, shards, runs=tmp_path)
     assert f"damaged checkpoints are passed over: {newest.name}" in output
     assert same_bits(run, teacher) and rows(run) == rows(teacher)
-
-
-@pytest.mark.slow
-def test_a_terminated_run_says_so_and_does_not_exit_with_0(shards, tmp_path):
-    process = start("train", "stage=teacher", "data.limit=48", "optim.teacher_epochs=400", shards, runs=tmp_path)
-    ends = time.monotonic() + LIMIT_S
-    while not list(tmp_path.glob("teacher-*/metrics.csv")) and time.monotonic() < ends:
-        time.sleep(0.05)
-    process.terminate()
-    output, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 143, output
-    assert "the same command goes on" in output
-    assert not list(tmp_path.glob("teacher-*/model.safetensors"))
 
 
 # (b) Seeds
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(smoke, shards, tmp_path):
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(zygote, smoke, shards, tmp_path):
     command = ["stage=teacher", "debug=smoke", shards]
     run = tmp_path / smoke.name
     shutil.copytree(smoke, run)
     (run / "mine.txt").write_text("kept")
-    output = call("train", *command, "resume=never", runs=tmp_path)
+    output = call(zygote, "train", *command, "resume=never", runs=tmp_path)
     aside = run.with_name(f"{run.name}~1")
     assert f"is kept as {aside}" in output
     assert (aside / "mine.txt").exists() and not (run / "mine.txt").exists()
     assert same_bits(run, aside) and rows(run) == rows(aside)
 
-    call("train", *command, "seed=1", runs=tmp_path)
+    call(zygote, "train", *command, "seed=1", runs=tmp_path)
     assert not same_bits(tmp_path / smoke.name.replace("seed0", "seed1"), smoke)
 
 
@@ -268,14 +225,14 @@ def moved_apart(one: Path, other: Path, step: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(teacher, student, shards, tmp_path):
+def test_two_processes_learn_what_one_does(zygote, teacher, student, shards, tmp_path):
     """The same samples in every step, CutMix partners and feature alignment included.
 
     Rounding differs, and Adam turns that of a gradient near 0 into a part of its rate: the longer, the more.
     """
-    call("train", *TEACHER, shards, "trainer=ddp_cpu", runs=tmp_path)
+    call(zygote, "train", *TEACHER, shards, "trainer=ddp_cpu", runs=tmp_path)  # Lightning starts the other one
     given = f"task.teacher_ckpt={teacher}"
-    call("train", *STUDENT_V1, given, shards, "trainer=ddp_cpu", runs=tmp_path)
+    call(zygote, "train", *STUDENT_V1, given, shards, "trainer=ddp_cpu", runs=tmp_path, world=2)
     for stage, whole in (("teacher", teacher), ("student", student)):
         run = only_run(tmp_path, stage)
         largest, mean = moved_apart(run, whole, 3)
@@ -285,7 +242,7 @@ def test_two_processes_learn_what_one_does(teacher, student, shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_samples_of_every_process_are_listed(teacher, shards, tmp_path):
+def test_damaged_samples_of_every_process_are_listed(zygote, teacher, shards, tmp_path):
     mine = tmp_path / "shards"
     shutil.copytree(shards.removeprefix("paths.shards="), mine)
     (tar,) = mine.glob("scenes_a-*/scenes_a-000000.tar")
@@ -296,7 +253,7 @@ def test_damaged_samples_of_every_process_are_listed(teacher, shards, tmp_path):
             file.seek(sample["files"]["png"][0])
             file.write(b"no image")
     few = ["stage=teacher", "trainer=ddp_cpu", "data.limit=16", "optim.teacher_epochs=1"]
-    output = call("train", *few, f"paths.shards={mine}", runs=tmp_path / "runs")
+    output = call(zygote, "train", *few, f"paths.shards={mine}", runs=tmp_path / "runs", world=2)
     assert "6 samples could not be used" in output
     with open(only_run(tmp_path / "runs", "teacher") / "skipped.csv", newline="", encoding="utf-8") as file:
         assert {row["key"] for row in csv.DictReader(file)} == {sample["key"] for sample in broken}
@@ -306,14 +263,14 @@ def test_damaged_samples_of_every_process_are_listed(teacher, shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_belongs_to_one_config(smoke, shards, tmp_path):
+def test_a_folder_belongs_to_one_config(zygote, smoke, shards, tmp_path):
     run = tmp_path / smoke.name
     shutil.copytree(smoke, run)
     command = ["stage=teacher", "debug=smoke", shards]
-    assert "was finished on" in call("train", *command, runs=tmp_path)  # and ends well
+    assert "was finished on" in call(zygote, "train", *command, runs=tmp_path)  # and ends well
 
     here = f"hydra.run.dir={run}"
-    output = call("train", *command, here, "optim.head_lr=0.5", runs=tmp_path, code=2)
+    output = call(zygote, "train", *command, here, "optim.head_lr=0.5", runs=tmp_path, code=2)
     assert "optim.head_lr is 0.5 now, was 0.002" in output and "resume=never" in output
 
 
@@ -330,7 +287,10 @@ def test_what_is_learnt_may_not_change_and_the_rest_may():
         "trainer.max_time=00:01:00:00",
         "trainer.log_every_n_steps=1",
         "trainer=ddp_cpu",
+        "trainer.num_nodes=2",
         "data.num_workers=0",
+        "data.start_method=spawn",
+        "callbacks=ledger",
     ]
     assert _differences(before, learnt(*free)) == []
     for option, old, new in (
@@ -343,14 +303,66 @@ def test_what_is_learnt_may_not_change_and_the_rest_may():
     ):
         assert _differences(before, learnt(f"{option}={new}")) == [f"{option} is {new!r} now, was {old!r}"]
     assert "callbacks.ema is None now" in _differences(before, learnt("callbacks.ema=null"))[0]
+    restart = ["optim.batch_size=16", "trainer.accumulate_grad_batches=2"]
+    assert len(told := _differences(before, learnt(*restart))) == 2 and all(t.startswith(MAY_CHANGE) for t in told)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("model.taps=[0,1]", "taps=[0, 1]"),
+        ("model.encoder=no_such_encoder", "no_such_encoder"),
+        ("loss.gradient.scales=0", "scales is 0"),
+        ("optim.batch_size=0", "optim.batch_size is 0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_data_are_packed(option, told, zygote, tmp_path):
+    output = call(zygote, "train", "stage=teacher", "debug=smoke", option, runs=tmp_path, code=2)
+    assert told in output and len(output.splitlines()) == 1
+    assert not (tmp_path / "_shards").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_in_one_line(zygote, tmp_path):
+    (tmp_path / "file").touch()
+    group = zygote.start(["depthany.train", "stage=teacher", "debug=smoke", "paths.runs=file/runs"], cwd=tmp_path)
+    assert group.wait(LIMIT_S) == [2]
+    assert group.output() == "depthany: paths.runs=file/runs cannot be written (Not a directory): name another folder\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [10, 12])
+def test_what_packing_loses_is_bounded_too(broken, zygote, tmp_path):
+    """Ten may always be lost; more only up to data.skip_limit."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(20):
+        image = np.random.default_rng(i).integers(255, size=(64, 64, 3), dtype=np.uint8)
+        data = cv2.imencode(".jpg", image)[1].tobytes()
+        (photos / f"{i:02d}.jpg").write_bytes(data[:200] if i < broken else data)
+    source = f"{{_target_: depthany.data.sources.photos.PhotoFolder, name: photos, root: {photos}, pattern: '*.jpg'}}"
+    packed = "{_target_: depthany.data.sources.packed.Packed, root: ${paths.shards}, samples_per_shard: 7"
+    unlabelled = f"data.unlabelled.scenes_b={packed}, short_side: null, source: {source}}}"
+    command = ["stage=student", "debug=smoke", "labels=online", "~data.unlabelled.scenes_b", f"+{unlabelled}"]
+    add_smoke = ["stage=teacher", "debug=smoke"]
+    call(zygote, "train", *add_smoke, runs=tmp_path)
+    output = call(zygote, "train", *command, runs=tmp_path, code=2 if broken > 10 else 0)
+    (skipped,) = tmp_path.glob("student-*/skipped.csv")
+    assert len(skipped.read_text().splitlines()) == 1 + broken
+    if broken > 10:
+        (line,) = (text for text in output.splitlines() if text.startswith("depthany:"))
+        assert (
+            "photos: 12 of 20 images could not be packed" in line
+            and "data.skip_limit=0.01" in line
+            and str(skipped) in line
+        )
 
 
 # (e) The teacher of a student
 
 
 @pytest.mark.slow
-def test_a_student_without_a_teacher_is_told_how_to_get_one(shards, tmp_path):
-    output = call("train", "stage=student", "debug=smoke", shards, runs=tmp_path, code=2)
+def test_a_student_without_a_teacher_is_told_how_to_get_one(zygote, shards, tmp_path):
+    output = call(zygote, "train", "stage=student", "debug=smoke", shards, runs=tmp_path, code=2)
     assert "no finished teacher under" in output and "stage=teacher" in output and "task.teacher_ckpt" in output
     assert "Traceback" not in output
 
@@ -389,10 +401,10 @@ def test_weights_that_are_not_there_are_named(spec, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_student_says_whose_labels_it_learns_from(smoke, shards, tmp_path):
+def test_a_student_says_whose_labels_it_learns_from(zygote, smoke, shards, tmp_path):
     add_teacher(tmp_path, smoke, "teacher-first", finished="2026-01-01 10:00:00")
     add_teacher(tmp_path, smoke, "teacher-second", finished="2026-01-01 11:00:00")
-    output = call("train", "stage=student", "debug=smoke", shards, runs=tmp_path)
+    output = call(zygote, "train", "stage=student", "debug=smoke", shards, runs=tmp_path)
     name = f"teacher-{read_record(smoke)['facts']['weights'][:8]}"
     assert f"teacher: {tmp_path / 'teacher-second' / 'model.safetensors'} ({name})" in output.replace("\n", "")
     facts = read_record(only_run_of_student(tmp_path))["facts"]
@@ -404,94 +416,22 @@ def only_run_of_student(runs: Path) -> Path:
     return run
 
 
-# (f) The label job
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+# (f) Evaluation
 
 
 @pytest.mark.slow
-def test_the_label_job_makes_what_is_missing_and_nothing_else(smoke, tmp_path):
-    limit = ["data.limit=250", f"teacher={smoke}", f"paths.shards={tmp_path / 'shards'}"]  # three shards
-    output = call("pseudo_label", *limit, runs=tmp_path)
-    assert "3 shards labelled" in output and "0 images damaged" in output
-    first = contents(tmp_path / "shards")
-    labels = sorted(name for name in first if ".teacher-" in name)
-    assert len(labels) == 6  # a tar and an index each
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*")}
-
-    call("pseudo_label", *limit, runs=tmp_path)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").rglob("*")} == times  # nothing was written
-
-    for name in labels:
-        (tmp_path / "shards" / name).unlink()
-    process = start("pseudo_label", *limit, runs=tmp_path)
-    ends = time.monotonic() + LIMIT_S
-    while not list((tmp_path / "shards").rglob(".*.part")) and time.monotonic() < ends:
-        time.sleep(0.002)
-    time.sleep(0.05)
-    kill(process)
-    left = {k: v for k, v in contents(tmp_path / "shards").items() if not k.endswith(".part")}
-    assert left.items() <= first.items() and len(left) < len(first)  # whole shards, or none
-    call("pseudo_label", *limit, runs=tmp_path)
-    assert {k: v for k, v in contents(tmp_path / "shards").items() if not k.endswith(".part")} == first
-
-
-def test_labels_that_are_missing_torn_or_of_other_options_are_made_again(tmp_path):
-    torch.manual_seed(0)
-    teacher = build(compose("train", ["stage=teacher"]).model)
-    predictor = Predictor(model=teacher, device="cpu", precision="fp32")
-    labels = LabelPlan(mode="offline", codec="png16", input_size=None, batch_size=4, precision="fp32")
-
-    def packed(count: int) -> Packed:
-        source = Scenes(name="b", style="b", num_scenes=count, scene_seed=2, size=32, labelled=False)
-        source = Packed(source=source, root=str(tmp_path), samples_per_shard=4, short_side=None)
-        source.prepare()
-        return source
-
-    def label(source: Packed, plan: LabelPlan = labels) -> dict[str, bytes]:
-        assert label_shards(predictor, source.tars, teacher="teacher-1", plan=plan) == []
-        return contents(tmp_path)
-
-    first = label(packed(10))  # shards of 4, 4 and 2
-    made = sorted(name for name in first if ".teacher-1." in name)
-    assert len(made) == 6
-    for name in made[:2]:
-        (tmp_path / name).unlink()
-    (tmp_path / made[3]).write_bytes(first[made[3]][:700])  # half a tar after a crash of the machine
-    (tmp_path / made[4]).write_bytes(b"{")
-    assert label(packed(10)) == first
-
-    other = label(packed(10), replace(labels, codec="png8"))
-    assert all((other[name] == first[name]) == (name not in made) for name in first)
-    assert label(packed(10)) == first
-
-    longer = label(packed(12))  # the last shard has new images: it is labelled again, the others are kept
-    changed = {name for name in first if longer[name] != first[name]}
-    assert changed == {name for name in first if "-000002." in name}
-    source = packed(12)
-    source.teacher = "teacher-1"
-    source.open()
-    assert all("disparity" in source.read(i) for i in range(12))
-
-
-# (g) Evaluation
-
-
-@pytest.mark.slow
-def test_evaluation_takes_run_folders_and_files(smoke, shards, tmp_path):
+def test_evaluation_takes_run_folders_and_files(zygote, smoke, shards, tmp_path):
     file = shutil.copy(smoke / "model.safetensors", tmp_path / "mine.safetensors")
-    output = call("evaluate", f"checkpoint=[{smoke},{file}]", "limit=4", shards, runs=tmp_path)
+    output = call(zygote, "evaluate", f"checkpoint=[{smoke},{file}]", "limit=4", shards, runs=tmp_path)
     name = f"teacher-{read_record(smoke)['facts']['weights'][:8]}"
     for word in ("AbsRel", "delta1", "negative scale", "constant", "image row", "mean map", name):
         assert word in output
 
 
 @pytest.mark.slow
-def test_a_missing_checkpoint_is_told_in_words(shards, tmp_path):
-    output = call("evaluate", "checkpoint=nowhere", shards, runs=tmp_path, code=2)
-    assert "nowhere is neither a weights file nor a run folder" in output and "Traceback" not in output
+def test_a_missing_checkpoint_is_told_in_words(zygote, shards, tmp_path):
+    output = call(zygote, "evaluate", "checkpoint=nowhere", shards, runs=tmp_path, code=2)
+    assert "nowhere is neither a file nor a folder" in output and "Traceback" not in output
 
 
 def test_a_broken_weights_file_is_told_in_words(tmp_path):
@@ -500,7 +440,7 @@ def test_a_broken_weights_file_is_told_in_words(tmp_path):
         open_model(str(tmp_path / "mine.safetensors"), tmp_path, device="cpu", stage=None)
 
 
-# (h) Every other way
+# (g) Every other way
 
 
 @pytest.mark.slow
@@ -508,15 +448,15 @@ def test_a_broken_weights_file_is_told_in_words(tmp_path):
     "choices",
     [
         ["recipe=v1", "labels=online", "callbacks.ema=null"],
-        ["recipe=v1", "trainer.precision=bf16-mixed", "labels.precision=bf16"],
+        ["recipe=v1", "trainer.precision=bf16-mixed", "labels.precision=bf16", "paths.shards=../bf16"],
         ["labels=online", "trainer.precision=bf16-mixed"],
         ["logger=wandb", "trainer.accumulate_grad_batches=2", "data.num_workers=0"],
     ],
     ids=lambda choices: " ".join(choices),
 )
-def test_every_other_way_runs(choices, smoke, shards, tmp_path):
+def test_every_other_way_runs(zygote, choices, smoke, shards, tmp_path):
     add_teacher(tmp_path, smoke, "teacher-first")
-    call("train", "stage=student", "debug=smoke", *choices, shards, runs=tmp_path)
+    call(zygote, "train", "stage=student", "debug=smoke", shards, *choices, runs=tmp_path)
     run = only_run_of_student(tmp_path)
     assert read_record(run)["finished"] and (run / "model.safetensors").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"teacher-first", run.name}  # nothing beside the run folder

@@ -2,9 +2,11 @@
 
   python -m depthany.pseudo_label                                  # the last teacher labels the embedded scenes
   python -m depthany.pseudo_label teacher=runs/teacher-seed0 data=real_sample
-  python -m depthany.pseudo_label teacher=model.safetensors shards=FOLDER labels.codec=float16
+  python -m depthany.pseudo_label teacher=model.safetensors shards=FOLDER labels.codec=float16 labels.precision=bf16
+  python -m depthany.pseudo_label teacher=model.safetensors shards=FOLDER labels.quality=flip   # scores and a page
 
-Labels that are there are checked and kept; what is missing is made, so the job can be stopped and started again.
+Labels that are there are checked and kept; what is missing is made. So the job can be stopped and started again, and
+the same command can run on any number of machines at once: each shard is labelled by one of them.
 """
 
 from pathlib import Path
@@ -15,24 +17,32 @@ from depthany.config.launch import launch
 
 
 def run(cfg: DictConfig) -> None:
-    """Labels the unlabelled sets of data, or a folder of shards."""
+    """Labels the unlabelled sets of data, or one set of shards."""
     from depthany.config.build import build
     from depthany.data.sources.packed import Shards
     from depthany.runs.find import open_model
-    from depthany.runs.label_job import label_shards
+    from depthany.runs.label_devices import device_names, ends_in_a_line, label_on
+    from depthany.runs.label_job import teacher_name
 
-    predictor, teacher, found = open_model(cfg.teacher, Path(cfg.paths.runs), device=cfg.device, stage="teacher")
-    print(f"teacher: {found} ({teacher})")
-    plan = build(cfg.labels)
-    data = build(cfg.data)
-    sources = [Shards(name="shards", root=cfg.shards)] if cfg.shards else list(data.unlabelled.values())
-    for source in sources:
-        source.limit = data.limit
-        source.prepare()
-        damaged = label_shards(predictor, source.tars, teacher=teacher, plan=plan)
-        print(f"{source.name}: {len(source.tars)} shards labelled in {source.root}, {len(damaged)} images damaged")
-        for line in damaged:
-            print(f"  {line}")
+    plan, data = build(cfg.labels), build(cfg.data)
+    devices = device_names(cfg.device, cfg.devices)
+    predictor, _, file = open_model(cfg.teacher, Path(cfg.paths.runs), device=devices[0], stage="teacher")
+    teacher = teacher_name(predictor.model)
+    print(f"teacher: {file} ({teacher})")
+    size = plan.input_size or predictor.model.input_size
+    kind = f"{plan.resolution} resolution, {plan.codec}, quality {plan.quality}"
+    print(f"plan: input size {size}, {plan.precision}, {kind}; processes on {', '.join(devices)}")
+    sources = list(data.unlabelled.values())
+    if cfg.shards:
+        name = Path(cfg.shards).name
+        sources = [Shards(name=name, root=cfg.shards, labels_root=cfg.labels_root, cache=None)]
+    with ends_in_a_line():
+        for source in sources:
+            source.limit = data.limit
+            source.prepare()
+            damaged = label_on(devices, predictor, source, teacher=teacher, weights=file, plan=plan, redo=cfg.redo)
+            files = Path(source.labels_root) / f"labels.{teacher}"
+            print(f"{source.name}: labelled; report: {files}.html; {len(damaged)} damaged images: {files}.damaged.csv")
 
 
 def main() -> None:

@@ -223,7 +223,7 @@ def stages(data: DepthData, augment: Augment) -> dict[str, float]:
             rng = sample_rng(0, "unlabelled", position)
             assert isinstance(source, Packed)
             marks = [clock()]
-            shard, place = source._locate(index)
+            shard, place = source.locate(index)
             encoded = source.shard(shard).read(place, "jpg")
             marks.append(clock())
             image = read_image(encoded)

@@ -202,7 +202,7 @@ class Stage:
             spec = known if Path(known).is_file() else cfg.task.teacher_ckpt
             path = find_weights(spec, Path(cfg.paths.runs), stage="teacher", data=self.data.name, debug=choice("debug"))
             teacher, file = open_weights(path)[0], str(path.resolve())
-        elif cfg.loss.feature.weight and not cfg.model.pretrained:
+        elif (cfg.loss.get("feature") or {}).get("weight") and not cfg.model.pretrained:
             raise ConfigError("feature alignment needs the teacher itself: name its weights as task.teacher_ckpt")
         name = stored or teacher_name(teacher)
         if name != began.get("teacher", name):
@@ -235,8 +235,8 @@ class Stage:
         began = record.get("sets", sets) if self.checkpoint else sets
         if changed := [name for name in sets if began.get(name) != sets[name]]:
             raise ConfigError(
-                f"{self.run_dir}: {', '.join(changed)} changed since the run began (images were added, dropped or scored "
-                f"anew), and an epoch cannot go on in another set: bring it back, or start again with resume=never"
+                f"{self.run_dir}: {', '.join(changed)} changed since the run began (images were added, dropped or "
+                f"scored anew), and an epoch cannot go on in another set: bring it back, or start again with resume=never"
             )
         write_json(self.run_dir / RECORD, record | {"sets": sets})
 

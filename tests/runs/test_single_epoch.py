@@ -22,6 +22,7 @@ from depthany.callbacks.record import read_record
 from depthany.config.build import build
 from depthany.config.launch import compose
 from depthany.data.order import global_batch, share_of
+from depthany.data.shards import read_catalog, write_catalog
 from tests.processes import Group, Zygote
 
 IMAGES, PER_STEP = 250, 6  # 42 steps, the last one of 4 images
@@ -408,6 +409,22 @@ def test_a_folder_in_use_is_refused_in_one_line_until_its_run_is_dead(zygote, da
     assert "going on from" in finish(start(zygote, data, tmp_path))
     assert time.monotonic() - began < LIMIT_S / 2 and not list(tmp_path.glob(".*claim*"))
     each_once(tmp_path, data)
+
+
+def test_a_run_does_not_go_on_in_a_set_that_has_changed(zygote, data, tmp_path):
+    """One image less, and every later position would be another image: some would be used twice and some never."""
+    mine = damaged_copy(data, tmp_path / "data", set())
+    group = start(zygote, mine, tmp_path)
+    reach(group, tmp_path, 2)
+    group.kill()
+    (folder,) = {index.parent for index in indices(mine.folder / "shards")}
+    there = read_catalog(str(folder))
+    write_catalog(folder, name=there.name, dropped={there.tars[0].decode(): [0]})
+    output = zygote_output(start(zygote, mine, tmp_path), code=2)
+    assert "scenes_b changed since the run began" in output and "resume=never" in output
+    write_catalog(folder, name=there.name)
+    finish(start(zygote, mine, tmp_path))
+    each_once(tmp_path, mine)
 
 
 def zygote_output(group: Group, *, code: int | None) -> str:

@@ -236,7 +236,7 @@ class Stage:
         if changed := [name for name in sets if began.get(name) != sets[name]]:
             raise ConfigError(
                 f"{self.run_dir}: {', '.join(changed)} changed since the run began (images were added, dropped or "
-                f"scored anew), and an epoch cannot go on in another set: bring it back, or start again with resume=never"
+                f"scored anew), and an epoch cannot go on in another set: bring it back, or use resume=never"
             )
         write_json(self.run_dir / RECORD, record | {"sets": sets})
 

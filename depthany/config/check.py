@@ -18,15 +18,35 @@ PLAIN = {
     "device": "Literal['auto', 'cpu', 'cuda', 'mps']",
     "teacher": "str",
     "shards": "str | None",
+    "labels_root": "str | None",
+    "devices": "int | Literal['auto']",
+    "redo": "bool",
     "checkpoint": "str | list[str]",
     "input_size": "int | None",
     "baselines": "bool",
     "limit": "int | None",
+    "format": "Literal['info', 'json']",
+    "images": "int | None",
+    "world": "int | None",
+    "probe_seconds": "float",
+    "root": "str | None",
+    "out": "str | None",
+    "samples_per_shard": "int",
+    "min_side": "int",
+    "max_side": "int | None",
+    "quality": "int",
+    "workers": "int | None",
+    "page": "str | None",
+    "range_m": "Sequence[float] | None",
+    "fov_deg.*": "float | None",
 }
-GROUPS = ("model", "optim", "data", "mix", "loss", "augment", "task", "labels", "trainer", "callbacks", "logger")
+GROUPS = (
+    *("model", "optim", "data", "mix", "loss", "augment", "task", "labels", "trainer", "callbacks", "logger"),
+    *("unlabelled", "dataset"),
+)
 NAMED = ("loss", "augment", "callbacks", "logger")  # mappings of named parts; the other groups are one part each
 NAMED_IN_DATA = ("data.sources", "data.unlabelled", "data.validation")
-MAY_LACK = ("callbacks", "logger", *NAMED_IN_DATA)  # null switches the group or one of its parts off
+MAY_LACK = ("callbacks", "logger", "unlabelled", "dataset", *NAMED_IN_DATA)  # null switches it off, or one of its parts
 # Arguments that the verbs hand in themselves: not in a config file.
 GIVEN = {"model", "loss", "plan", "mix", "augment", "labels", "teacher", "seed", "batch_size", "precision", "run_dir"}
 
@@ -56,6 +76,14 @@ def check(cfg: DictConfig) -> None:
     tree = plain(cfg)
     if "resume" in tree and not tree.get("task"):
         raise ConfigError("say which stage to run: stage=teacher or stage=student")
+    if "samples_per_shard" in tree and not tree.get("unlabelled"):
+        raise ConfigError("say what to prepare: unlabelled=SET root=FOLDER (--list shows the sets)")
+    if "samples_per_shard" in tree and not tree["root"]:
+        raise ConfigError("say where it lies: root=FOLDER")
+    if "fov_deg" in tree and not tree.get("dataset"):
+        raise ConfigError("say what to audit: dataset=NAME root=FOLDER (--help shows the names)")
+    if "fov_deg" in tree and not tree["root"] and "root" in tree["dataset"]:
+        raise ConfigError("say where it lies: root=FOLDER")
     known = {*GROUPS, *(key.partition(".")[0] for key in PLAIN)}
     problems = [f"{key} is no option{suggest(str(key), known)}" for key in tree if key not in known]
     if "task" in tree:

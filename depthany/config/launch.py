@@ -1,11 +1,13 @@
 """From the command line to a checked config: composition, help, errors in words, run folder names."""
 
+import errno
 import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import hydra
@@ -27,7 +29,12 @@ UNNAMED: tuple[str, ...] = (
     "trainer.max_time",
     "trainer.log_every_n_steps",
 )
-UNNAMED += ("trainer.devices", "trainer.accelerator", "trainer.strategy", "data.num_workers", "callbacks.throughput")
+UNNAMED += ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy")
+UNNAMED += ("data.num_workers", "data.start_method", "callbacks=", "callbacks.throughput", "callbacks.ledger")
+UNNAMED += ("images=", "world=", "probe_seconds=")  # of the preflight, which names the run that it is for
+
+
+OTHER_GROUPS = {"prepare": ("unlabelled",), "audit": ("dataset",)}  # that --help lists before one is chosen
 
 
 def config_dir() -> Path:
@@ -138,14 +145,14 @@ def _every_combination(arguments: list[str]) -> Iterator[list[str]]:
 
 def help_text(verb: str, about: str, overrides: list[str]) -> str:
     """Groups, options, their values and what they mean, for the choices given."""
-    if verb == "train" and not any(o.startswith("stage=") for o in overrides):
+    if verb in ("train", "preflight") and not any(o.startswith("stage=") for o in overrides):
         overrides = [*overrides, "stage=teacher"]
     cfg = plain(compose(verb, overrides))
     lines = [about.strip(), "", "Choices (group=option):"]
     lines += [
         f"  {group:<12} {', '.join(options)}"
         for group, options in groups_of().items()
-        if group in cfg or group in ("experiment", "debug", "stage", "logger")
+        if group in cfg or group in OTHER_GROUPS.get(verb, ("experiment", "debug", "stage", "logger"))
     ]
     lines += ["", f"Options (as composed for: {' '.join(overrides) or 'no overrides'}):"]
     for path, value, doc in _options(cfg, ""):
@@ -166,13 +173,29 @@ TOP_DOCS = {
     "paths.runs": "where run folders go",
     "paths.shards": "where packed sets and pseudo-labels go",
     "paths.real": "a folder with index.csv and photos, for data=real_sample",
-    "teacher": "a run folder, a model.safetensors, or last: the last finished teacher under paths.runs",
-    "shards": "a folder of image shards; null: the unlabelled sets of data",
-    "checkpoint": "a run folder, a model.safetensors, a list of them, or last: the newest finished run",
+    "teacher": "a run folder, weights of any layout (official, Hugging Face, ...), or last: the last finished teacher",
+    "shards": "a folder or URL of image shards; null: the unlabelled sets of data",
+    "labels_root": "folder of the labels of `shards`; null: beside the image shards",
+    "devices": "processes on this machine; auto: one for each GPU, and one elsewhere",
+    "redo": "replace labels that this teacher has made with other options, instead of refusing",
+    "checkpoint": "a run folder, weights of any layout (official, Hugging Face, ...), a list, or last: the newest run",
     "input_size": "short side at the network's input in pixels; null: the size that the model was trained at",
     "baselines": "add the trivial predictors (constant, image row, mean map) as rows of the table",
     "device": "auto, cpu, cuda, mps",
     "limit": "images per set; null: all",
+    "format": "info: a table of what the checkpoint is; json: the same for programs",
+    "images": "images of the epoch for which the cost is told; null: those that the data have",
+    "world": "devices for which the cost is told; null: as many as trainer.devices and trainer.num_nodes say",
+    "root": "what is to be prepared or audited, as it was downloaded: a folder; for unlabelled=list a text file",
+    "out": "where the shards go; null: a folder of the set's name under paths.shards",
+    "samples_per_shard": "images in each tar",
+    "min_side": "images with a shorter side are dropped, in pixels",
+    "max_side": "images with a longer side are shrunk to it and stored as JPEG, in pixels; null: no byte is changed",
+    "quality": "of the JPEGs that shrunk images and frames of videos become, 1 to 100",
+    "page": "where the page goes; null: _audit/<name>.html under paths.runs",
+    "range_m": "[nearest, farthest] depth that the set can have, in metres; null: the card's",
+    "workers": "processes; null: one for each core",
+    "probe_seconds": "time for measuring this machine; a step that has begun is finished",
 }
 
 
@@ -192,7 +215,7 @@ def _options(node: Any, path: str, doc: str = "") -> Iterator[tuple[str, Any, st
 def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
     """Runs a verb on the command line's arguments: help and bad options first, then Hydra, then `run`.
 
-    Exits with status 2 and one line for each problem when an option cannot be used.
+    Exits with status 2 and one line for each problem when an option cannot be used, with 73 where the disk is full.
     """
     arguments = sys.argv[1:]
     flags = [a for a in arguments if a.startswith("-")]
@@ -203,7 +226,10 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
             return
         if not set(flags) - {"-m", "--multirun"}:
             for combination in _every_combination(overrides) if flags else [overrides]:
-                check(compose(verb, [o for o in combination if not o.startswith("hydra")]))
+                cfg = compose(verb, [o for o in combination if not o.startswith("hydra")])
+                check(cfg)
+            if verb in ("train", "prepare"):
+                _check_output(Path(cfg.paths.runs))
     except ConfigError as error:
         _complain(error)
     except HydraException as error:
@@ -215,9 +241,23 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
             run(cfg)
         except ConfigError as error:
             _complain(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"depthany: disk full: {error}; make room and give the same command again", file=sys.stderr)
+            sys.exit(73)
 
     checked.__module__ = run.__module__
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=verb)(checked)()
+
+
+def _check_output(folder: Path) -> None:
+    """Hydra makes the run folder before anything of ours runs, and fails with a traceback."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"paths.runs={folder} cannot be written ({error.strerror}): name another folder") from error
 
 
 def _complain(error: Exception) -> NoReturn:

@@ -15,7 +15,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
-from depthany.data.files import DecodeError, decode_depth, read_depth, read_image
+from depthany.data.files import EXIF_ORIENTATION, DecodeError, decode_depth, read_depth, read_image
 from depthany.data.sources.photos import PhotoFolder
 
 RNG = np.random.default_rng(0)
@@ -104,6 +104,28 @@ BAD_IMAGES: dict[str, Callable[[], bytes]] = {
 def test_bad_image_is_refused_with_a_reason(reason: str) -> None:
     with pytest.raises(DecodeError, match=reason):
         read_image(BAD_IMAGES[reason]())
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(("reduce_to", "scale"), [(None, 1), (51, 1), (50, 2), (26, 2), (25, 4), (12, 8), (1, 8)])
+def test_a_large_jpeg_may_be_decoded_at_a_fraction(reduce_to: int | None, scale: int, orientation: int) -> None:
+    """Never below what is asked for, upright, of the same field of view, and close to the means of the pixels."""
+    rows, columns = np.mgrid[:100, :150]
+    photo = np.stack([rows, columns, rows // 2 + columns // 3], -1).astype(np.uint8)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    data = encoded(Image.fromarray(photo), "JPEG", quality=98, subsampling=0, exif=exif)
+    whole, small = read_image(data), read_image(data, reduce_to=reduce_to)
+    assert small.shape == (*(-(-side // scale) for side in whole.shape[:2]), 3)
+    assert min(small.shape[:2]) >= (reduce_to or 100)
+    means = cv2.resize(whole, small.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(small.astype(int) - means).max() <= (0 if scale == 1 else 6)  # an odd side is rounded up
+
+
+def test_other_formats_are_never_reduced() -> None:
+    for name in ("PNG", "WEBP"):
+        data = encoded(Image.fromarray(PHOTO), name)
+        assert_array_equal(read_image(data, reduce_to=1), read_image(data))
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -159,6 +159,10 @@ class MetricsCsv(Logger):
         self._write_all()
 
 
+class TooManySkips(RuntimeError):
+    """More samples could not be used than data.skip_limit allows."""
+
+
 class SkipLog(Callback):
     """Counts, lists and bounds the samples that could not be used: skipped.csv of the run folder.
 
@@ -222,7 +226,7 @@ class SkipLog(Callback):
         """Takes note of a batch's skips.
 
         Raises:
-            RuntimeError: more than the limit is damaged.
+            TooManySkips: more than the limit is damaged.
         """
         self.add(batch["skipped"])
         for source, count in self.counts.items():
@@ -233,7 +237,7 @@ class SkipLog(Callback):
             if trainer.is_global_zero:
                 self.save()
             last = batch["skipped"][-1]
-            raise RuntimeError(
+            raise TooManySkips(
                 f"{met} of {used} samples could not be used, more than data.skip_limit={self.limit}; "
                 f"see {self.path}; the last was {last.key}: {last.reason}"
             )

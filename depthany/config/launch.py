@@ -4,6 +4,7 @@ import errno
 import hashlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -236,6 +237,7 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
         _complain(ConfigError(_in_words(verb, overrides, error)))
 
     def checked(cfg: DictConfig) -> None:
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no lines of code
         try:
             check(cfg)
             run(cfg)

@@ -22,6 +22,7 @@ from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
 from depthany.data.order import CursorBatches, EpochOrder, Spot
 from depthany.data.shards import ShardError
+from depthany.data.storage import Unreachable, outage
 from depthany.geometry.disparity import normalise
 from depthany.geometry.resize import MAX_INPUT_PIXELS, crop_pixels, lower_bound_size, network_input, resize_image
 from depthany.types import (
@@ -136,6 +137,8 @@ class MixedDataset(Dataset[dict[str, Any]]):
                 view = made
                 item["kind"] = sample.get("kind", DepthKind.PSEUDO)
         except (DecodeError, OSError) as error:
+            if lost := outage(error):  # the image is not damaged: it must not be used up
+                raise Unreachable(str(lost)) from error
             item |= {"weight": 0.0, "skipped": [Skip(source.name, item["key"], str(error))]}
         if "disparity" not in view:
             side = view["image"].shape[:2]
@@ -291,7 +294,7 @@ class DepthData(pl.LightningDataModule):
             about half the time, but smoother than what the network meets when it predicts. Not where labels are online.
         window: shards that are shuffled into each other.
         limit: images per source; null: all.
-        skip_limit: largest share of damaged samples before the run stops.
+        skip_limit: largest share of damaged samples before the run stops; ten are always allowed.
         mix: what a batch is made of.
         augment: training views by part.
         batch_size: images of all processes together.

@@ -41,6 +41,17 @@ class StorageError(OSError):
     """A location that cannot be read; the message is one line that names it."""
 
 
+class Unreachable(StorageError):
+    """A store that does not answer, whatever is asked for: nothing is wrong with the file."""
+
+
+def outage(error: BaseException | None) -> Unreachable | None:
+    """The outage that an error comes from; None where it does not come from one."""
+    while error is not None and not isinstance(error, Unreachable):
+        error = error.__cause__
+    return error
+
+
 def is_remote(location: str) -> bool:
     """Whether a location is a URL, and not a path.
 
@@ -85,9 +96,8 @@ def retry(location: str, attempt: Callable[[], T], *, progress: Callable[[], int
             if failures == TRIES:
                 if isinstance(error, ValueError):
                     raise
-                raise StorageError(
-                    f"{shown(location)} cannot be read, tried {TRIES} times: {_reason(error)}"
-                ) from error
+                kind = Unreachable if is_remote(location) else StorageError
+                raise kind(f"{shown(location)} cannot be read, tried {TRIES} times: {_reason(error)}") from error
         time.sleep(PAUSE_S * 2 ** (failures - 1) * random.SystemRandom().uniform(0.5, 1.5))
 
 
@@ -173,7 +183,7 @@ async def _gather(location: str, offset: int, size: int | None) -> bytes:
     async with aclosing(_pieces(location, offset, None if size is None else offset + size)) as pieces:
         async for at, piece in pieces:
             if at != offset + len(data):
-                raise StorageError(f"{shown(location)}: its server sends whole files only: set `cache` to a folder")
+                raise Unreachable(f"{shown(location)}: its server sends whole files only: set `cache` to a folder")
             data += piece
             if size is None and len(data) > MAX_TEXT:
                 raise StorageError(f"{shown(location)} has more than {MAX_TEXT} bytes")

@@ -156,7 +156,9 @@ def ends_in_a_line() -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_ROOM:
             _end(DISK_FULL, f"the disk is full ({error.filename or error.strerror}): make room; {GOES_ON}")
-        raise ConfigError(f"labels cannot be written: {error}") from error
+        raise ConfigError(
+            f"labels cannot be written ({error.strerror or error}: {error.filename}): set labels_root to another folder"
+        ) from error
     except KeyboardInterrupt:
         _end(130, f"stopped; {GOES_ON}")
     except SystemExit:

@@ -146,7 +146,7 @@ class LabelJob:
         if other and not self.redo:
             raise ConfigError(
                 f"{path} was made otherwise: {'; '.join(other)}. Give the same options again, name another folder "
-                f"for the labels (labels_root), or replace them: python -m depthany.pseudo_label redo=true"
+                f"for the labels (labels_root), or add redo=true to the command of the label job"
             )
         return not other
 

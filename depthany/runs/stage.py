@@ -17,14 +17,25 @@ from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, Stopped, newest_checkpoint
-from depthany.callbacks.preemption import Preemption
-from depthany.callbacks.record import RECORD, WEIGHTS, MetricsCsv, SkipLog, facts, read_record, write_json, write_text
+from depthany.callbacks.preemption import STOPPED, Preemption
+from depthany.callbacks.record import (
+    RECORD,
+    WEIGHTS,
+    MetricsCsv,
+    SkipLog,
+    TooManySkips,
+    facts,
+    read_record,
+    write_json,
+    write_text,
+)
 from depthany.callbacks.throughput import progress_bar
 from depthany.config.build import build, choice, is_sweep
 from depthany.config.check import ConfigError, plain
 from depthany.data.claims import Claim
 from depthany.data.module import EvalDataset, collate
 from depthany.data.shards import ShardError
+from depthany.data.storage import Unreachable
 from depthany.geometry.resize import resize_image
 from depthany.inference.predictor import Predictor
 from depthany.inference.rendering import colorize
@@ -156,10 +167,9 @@ class Stage:
             online=self.labels.mode == "online",
         )
         self.say(f"run folder: {self.run_dir}")
-        with main_first(main=self.main, checkpoint=self.checkpoint) as self.checkpoint:
+        with in_words(), main_first(main=self.main, checkpoint=self.checkpoint) as self.checkpoint:
             if self.main:
-                with in_words():
-                    self.data.prepare_data()
+                self.data.prepare_data()
             self.facts: dict[str, Any] = facts() if self.main else {}
             self.teacher = self._teacher() if self.name == "student" else None
         if self.teacher is not None:
@@ -169,6 +179,14 @@ class Stage:
         if self.name == "student":
             kept = self.teacher if self.labels.mode == "online" or "feature" in loss.terms else None
             extra = {"teacher": kept, "precision": self.labels.precision, "feature_encoder": whose}
+            if kept is not None and "feature" in loss.terms and whose == "teacher":
+                sizes = [(m.pretrained.channels, m.patch_size) for m in (model, kept)]
+                if sizes[0] != sizes[1]:
+                    raise ConfigError(
+                        f"feature alignment compares equal encoders: the student has (channels, patch) {sizes[0]}, the "
+                        f"teacher {sizes[1]}: set loss.feature.weight=0, or model.pretrained with "
+                        f"task.feature_encoder=initial"
+                    )
         self.task = build(cfg.task, model=model, loss=loss, plan=self.plan, **extra)
         self.data.eval_size, self.data.eval_multiple = model.input_size, model.patch_size
         self.data.cursor = lambda: self.task.samples_seen
@@ -306,6 +324,12 @@ class Stage:
         except Stopped as stopped:
             self.say(stopped.text)
             raise
+        except TooManySkips as error:
+            raise ConfigError(str(error)) from error
+        except Unreachable as error:  # from a loader worker it comes with the worker's stack in front
+            reason = str(error).strip().splitlines()[-1].rpartition("Unreachable: ")[2]
+            print(f"stopped: {reason}; the same command goes on from the last checkpoint", flush=True)
+            raise SystemExit(STOPPED) from error
         if torch.distributed.is_initialized():  # the rest is rank 0's: its scores must not wait for the others
             torch.distributed.destroy_process_group()
         self.stop.finish(main=self.trainer.is_global_zero)

@@ -14,16 +14,18 @@ import torch
 
 from depthany.config.build import build
 from depthany.config.launch import compose
+from depthany.data import storage
 from depthany.data.augment import Augment
 from depthany.data.files import DecodeError
 from depthany.data.labels import encode_pseudo
-from depthany.data.module import DepthData, EvalDataset, Mix, collate, normalise_image
+from depthany.data.module import DepthData, EvalDataset, Mix, MixedDataset, Part, collate, normalise_image
 from depthany.data.order import Spot
 from depthany.data.shards import Shard, label_path, write_shard
-from depthany.data.sources.packed import Packed
+from depthany.data.sources.packed import Packed, Shards
 from depthany.data.sources.photos import PhotoFolder
 from depthany.data.sources.scenes import Scenes
 from depthany.types import IMAGENET_MEAN, IMAGENET_STD, DepthKind, DepthSample, Skip
+from tests.flaky_server import FlakyServer
 
 TEACHER = "teacher-00000000"
 SIZES = {"a": 6, "b": 5, "d": 2, "c": 13}  # labelled a, b and d, unlabelled c
@@ -468,3 +470,30 @@ def test_bytes_are_normalised_on_the_device(root: Path) -> None:
     torch.testing.assert_close(moved["image"], (raw.permute(0, 3, 1, 2) / 255 - mean) / std)
     torch.testing.assert_close(normalise_image(raw.float() / 255), moved["image"])
     assert made.on_after_batch_transfer(moved, 0)["image"] is moved["image"]  # once
+
+
+def test_an_outage_uses_no_image_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not answer says nothing of its images: the run has to stop, and a missing one is damage."""
+    monkeypatch.setattr(storage, "PAUSE_S", 0.001)
+    monkeypatch.setattr(storage, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(storage, "FORGET_S", 0.0)
+    target = packed("c", tmp_path / "shards")
+    target.prepare()
+    augments = {"unlabelled": augment()}
+    with FlakyServer(target.folder) as server:
+        remote = Shards(name="c", root=server.url, labels_root=None, cache=None)
+        remote.open()
+        part = Part([remote], seed=0, window=1, limit=None)
+        dataset = MixedDataset({"unlabelled": part}, augments, seed=0, teacher=(28, 14))
+        assert not dataset[Spot("unlabelled", 0, 1.0, 1)]["skipped"]
+        for tar in target.folder.glob("*.tar"):
+            tar.rename(tar.with_suffix(".away"))
+        assert "is missing" in dataset[Spot("unlabelled", 1, 1.0, 1)]["skipped"][0].reason
+        for tar in target.folder.glob("*.away"):
+            tar.rename(tar.with_suffix(".tar"))
+        assert not dataset[Spot("unlabelled", 1, 1.0, 1)]["skipped"]
+        server.share, server.faults, server.in_a_row = 1.0, ["unavailable"], 1000
+        with pytest.raises(storage.Unreachable, match="answered 503"):
+            dataset[Spot("unlabelled", 2, 1.0, 1)]
+    with pytest.raises(storage.Unreachable, match="cannot be read, tried 5 times"):
+        dataset[Spot("unlabelled", 2, 1.0, 1)]

@@ -212,7 +212,7 @@ class Shards:
             return
         if self._is_remote[1]:
             if self.teacher == ANY:
-                raise ShardError(f"{self.name}: {self.labels_root} cannot be listed: name the teacher")
+                raise ShardError(f"{self.name}: {self.labels_root} cannot be listed: name the teacher (labels.teacher)")
             listed = _label_catalog(self.labels_root, self.teacher)
             tars = [listed.get(images.decode(), "") for images in catalog.sha256]
             self._label_sha256 = np.array([sha256.encode() for sha256 in tars], "S")
@@ -430,7 +430,7 @@ def stored_teachers(source: Shards) -> list[StoredLabels]:
         ShardError: the labels lie behind a URL, where nothing can be listed, or an index of theirs is damaged.
     """
     if storage.is_remote(source.labels_root):
-        raise ShardError(f"{source.name}: {source.labels_root} cannot be listed: name the teacher")
+        raise ShardError(f"{source.name}: {source.labels_root} cannot be listed: name the teacher (labels.teacher)")
     catalog = read_catalog(source.root)
     stored: dict[str, StoredLabels] = {}
     for teacher, shards in labels_in(Path(source.labels_root), catalog).items():

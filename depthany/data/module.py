@@ -239,6 +239,17 @@ def normalise_image(image: Tensor) -> Tensor:
     return ((image - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
+class SignalSafeLoader(DataLoader[dict[str, Any]]):
+    """Its workers begin with the stop signals blocked: one that comes before `start_worker` runs waits for it."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(_: int) -> None:
     """In a loader worker: a signal to stop is handed to the rank, whose business it is; and one thread is enough."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -418,7 +429,7 @@ class DepthData(pl.LightningDataModule):
             world=trainer.world_size if trainer else 1,
         )
         one_thread()  # before workers are forked
-        return DataLoader(
+        return SignalSafeLoader(
             self.train_dataset(),
             batch_sampler=batches,
             collate_fn=collate,

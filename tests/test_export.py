@@ -51,7 +51,7 @@ def test_a_students_story(runs: Path, what: str) -> None:
     sets = {row["part"]: row["set"] for row in info["data"]}
     assert sets == {"unlabelled": "scenes_b", "of the teacher: labelled": "scenes_a"}
     assert "torch" in info["software"]["versions"] and info["software"]["revision"]
-    for words in ("stage                 student", "recipe                v2", weights_hash(model)):
+    for words in ("stage                   student", "recipe                  v2", weights_hash(model)):
         assert words in table(info)
 
 
@@ -94,7 +94,7 @@ def test_official_files_and_hugging_face_folders(tmp_path: Path) -> None:
     assert second["model"]["taps"] == [2, 5, 8, 11]
     assert second["data"][0]["licence"] == "Apache-2.0"
     assert "run" not in first and "teacher" not in first and "order" not in first  # nothing is made up
-    assert "head widths           8, 8, 8, 8, 8" in table(second)
+    assert "head widths             8, 8, 8, 8, 8" in table(second)
 
 
 def test_strange_metadata_does_no_harm(tmp_path: Path) -> None:

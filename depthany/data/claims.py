@@ -9,11 +9,8 @@ ever removes a claim that may be another's. Nothing but the shared folder is nee
 import json
 import os
 import secrets
-import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -69,16 +66,15 @@ class Claim:
 
     def release(self) -> None:
         """Gives the claim back; does nothing where it is lost or given back already."""
-        with _unbroken():
-            if self._ended.is_set():
-                return
-            self._ended.set()
-            self._thread.join()
-            os.close(self._fd)
-            links, _ = _chain(self._root)
-            if links and links[-1].nonce == self._nonce:
-                for link in links:  # the first one first: what is left after a kill here belongs to no chain
-                    link.file.unlink(missing_ok=True)
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        os.close(self._fd)
+        links, _ = _chain(self._root)
+        if links and links[-1].nonce == self._nonce:
+            for link in links:  # the first one first: what is left after a kill here belongs to no chain
+                link.file.unlink(missing_ok=True)
 
     def _beat(self, every_s: float) -> None:
         while not self._ended.wait(every_s):
@@ -99,28 +95,7 @@ def claim(path: Path, *, stale_s: float) -> Claim | None:
     Raises:
         OSError: the folder cannot be written.
     """
-    made: Claim | None = None
-    try:
-        with _unbroken():
-            made = _claim(path.with_name(f".{path.name}.claim"), stale_s)
-    except BaseException:  # a signal that waited
-        if made is not None:
-            made.release()
-        raise
-    return made
-
-
-@contextmanager
-def _unbroken() -> Iterator[None]:
-    """Signals wait until the block is left: their handlers may raise, and half a claim would stay behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _claim(root: Path, stale_s: float) -> Claim | None:
+    root = path.with_name(f".{path.name}.claim")
     while True:
         links, free = _chain(root)
         if links and _is_alive(links[-1], stale_s):

@@ -24,7 +24,7 @@ from depthany.data.sources.packed import Shards
 from depthany.data.storage import StorageError
 from depthany.inference.predictor import Predictor
 from depthany.runs.find import open_model
-from depthany.runs.label_job import Display, LabelJob, label_shards, num_cores
+from depthany.runs.label_job import Display, LabelJob, heed, label_shards, num_cores, told_to_stop
 
 
 def label_on(
@@ -64,7 +64,8 @@ def label_on(
     try:
         with Display(f"labelling {source.name} on {len(devices)} devices", job.num_images) as display:
             while alive:
-                for ready in wait(list(alive)):
+                heed()
+                for ready in wait(list(alive), timeout=0.5):
                     try:
                         message = ready.recv()  # type: ignore[union-attr, call-arg]  # only pipes were given
                     except EOFError:
@@ -142,10 +143,14 @@ def ends_in_a_line() -> Iterator[None]:
         ConfigError: anything else that the user has to change.
     """
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(STOPPED)
+    def stop(number: int, frame: FrameType | None) -> None:
+        """The first signal is heeded between batches, where nothing is left half done; a second one at once."""
+        told_to_stop.append(number)
+        if len(told_to_stop) > 1:
+            heed()
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    told_to_stop.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)
     try:
         yield

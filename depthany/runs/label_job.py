@@ -11,6 +11,7 @@ import csv
 import heapq
 import json
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 
+from depthany.callbacks.preemption import STOPPED
 from depthany.config.check import ConfigError
 from depthany.data import storage
 from depthany.data.claims import STALE_S, Claim, claim, holder
@@ -65,6 +67,20 @@ class View(NamedTuple):
 
 class _Lost(Exception):
     """Another process has taken the claim over."""
+
+
+told_to_stop: list[int] = []  # signals that came, for `heed`
+
+
+def heed() -> None:
+    """Ends the job where a signal has told it to; called where nothing is left half done.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
+        SystemExit: after another signal.
+    """
+    if told_to_stop:
+        raise KeyboardInterrupt if told_to_stop[-1] == signal.SIGINT else SystemExit(STOPPED)
 
 
 class LabelJob:
@@ -168,6 +184,7 @@ class LabelJob:
             while left:
                 busy = []
                 for shard in left:
+                    heed()
                     try:
                         if not self._settle(shard, told):
                             busy.append(shard)
@@ -185,6 +202,7 @@ class LabelJob:
         note = self.file("plan.json")
         while (mine := claim(note, stale_s=self.stale_s)) is None:
             time.sleep(POLL_S / 10)
+            heed()
         with mine:
             try:
                 there = json.loads(note.read_text(encoding="utf-8"))
@@ -203,6 +221,7 @@ class LabelJob:
             who = holder(self.source.label_file(busy[0], self.teacher), stale_s=self.stale_s)
             print(f"{len(busy)} shards are others' work, {who or 'somebody'}'s for one: waiting", flush=True)
         time.sleep(pause_s)
+        heed()
         return pause_s
 
     def _settle(self, shard: int, told: Told) -> bool:
@@ -238,6 +257,7 @@ class LabelJob:
                     else:
                         yield {"__key__": key, **row}
                 told(shard, len(rows), True)
+                heed()
             damaged.sort()
             if not mine.still_mine():
                 raise _Lost

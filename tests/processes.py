@@ -225,10 +225,10 @@ if __name__ == "__main__":
     for name in IMPORTS.split():
         import_module(name)
     gc.freeze()
-    todo = serve(socket.socket(fileno=int(sys.argv[1])))
+    order = serve(socket.socket(fileno=int(sys.argv[1])))
     try:
-        if todo is not None:
-            become(todo)
+        if order is not None:
+            become(order)
     except SystemExit as end:
         leave(end.code)
     except BaseException:

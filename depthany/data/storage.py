@@ -128,37 +128,6 @@ def read(location: str, parse: Callable[[bytes], T], *, offset: int = 0, size: i
     return retry(location, lambda: parse(_pread(location, offset, size)))
 
 
-def read_bytes(location: str, *, offset: int = 0, size: int | None = None) -> bytes:
-    """Bytes of a file, as `read` gets them; fewer than `size` are an error."""
-
-    def whole(data: bytes) -> bytes:
-        if size is not None and len(data) != size:
-            raise ValueError(f"{shown(location)} is cut short")
-        return data
-
-    return read(location, whole, offset=offset, size=size)
-
-
-def read_text(location: str) -> str:
-    """A whole text file in UTF-8, as `read` gets it."""
-    return read(location, lambda data: data.decode("utf-8"))
-
-
-def size(location: str) -> int:
-    """Bytes of a file.
-
-    Raises:
-        StorageError: it is not there, or its store does not say.
-    """
-    if not is_remote(location):
-        return retry(location, lambda: os.stat(location).st_size)
-    filesystem = _filesystem(location)
-    info = retry(location, lambda: sync(filesystem.loop, filesystem._info, location, timeout=TIMEOUT_S))
-    if not isinstance(info.get("size"), int):
-        raise StorageError(f"{shown(location)}: its server does not say how large it is")
-    return int(info["size"])
-
-
 def _pread(path: str, offset: int, size: int | None) -> bytes:
     with open(path, "rb") as file:
         wanted = os.fstat(file.fileno()).st_size - offset if size is None else size

@@ -15,7 +15,7 @@ import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from depthany.data import storage
-from depthany.data.storage import StorageError, fetch, is_remote, read, read_bytes, read_text, shown
+from depthany.data.storage import StorageError, fetch, is_remote, read, shown
 from tests.flaky_server import FAULTS, FlakyServer
 
 CONTENT = hashlib.shake_128(b"content").digest(3_000_000)
@@ -62,11 +62,10 @@ RANGES = [(0, 1), (0, 5000), (1, 4999), (1_048_575, 3), (700_001, 2_100_000), (2
 def test_local_bytes(folder: Path) -> None:
     path = str(folder / "x.tar")
     for offset, size in RANGES:
-        assert read_bytes(path, offset=offset, size=size) == CONTENT[offset : offset + size]
-    assert read_bytes(path) == CONTENT and storage.size(path) == len(CONTENT)
-    assert read_text(str(folder / "x.json")) == '{"é": 1}'
-    with pytest.raises(ValueError, match=r"x\.tar is cut short"):
-        read_bytes(path, offset=2_999_990, size=11)
+        assert read(path, bytes, offset=offset, size=size) == CONTENT[offset : offset + size]
+    assert read(path, bytes) == CONTENT
+    assert read(str(folder / "x.json"), bytes.decode) == '{"é": 1}'
+    assert read(path, bytes, offset=2_999_990, size=11) == CONTENT[2_999_990:]
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -96,25 +95,25 @@ def test_a_server_that_is_broken_is_given_up(folder: Path, fault: str) -> None:
 
 def test_a_server_that_is_not_there_is_given_up() -> None:
     with pytest.raises(StorageError, match=r"tried 5 times: .*127\.0\.0\.1"):
-        read_bytes("http://127.0.0.1:9/x.tar", size=1)
+        read("http://127.0.0.1:9/x.tar", bytes, size=1)
 
 
 def test_what_does_not_exist_is_asked_for_once(folder: Path, tmp_path: Path) -> None:
     with FlakyServer(folder) as server:
         with pytest.raises(StorageError, match=r"/y\.tar is missing"):
-            read_bytes(f"{server.url}/y.tar", offset=5, size=1)
+            read(f"{server.url}/y.tar", bytes, offset=5, size=1)
         assert sum(server.requests.values()) == 1
     with pytest.raises(StorageError, match=r"/y\.tar is missing"):
-        read_text(str(tmp_path / "y.tar"))
+        read(str(tmp_path / "y.tar"), bytes.decode)
     with pytest.raises(StorageError, match="cannot be read: Is a directory"):
-        read_bytes(str(tmp_path))
+        read(str(tmp_path), bytes)
 
 
 def test_a_server_without_ranges_needs_the_cache(folder: Path, tmp_path: Path) -> None:
     with FlakyServer(folder, ranges=False) as server:
-        assert read_bytes(f"{server.url}/x.tar", size=100) == CONTENT[:100]
+        assert read(f"{server.url}/x.tar", bytes, size=100) == CONTENT[:100]
         with pytest.raises(StorageError, match="whole files only: set `cache` to a folder"):
-            read_bytes(f"{server.url}/x.tar", offset=100, size=100)
+            read(f"{server.url}/x.tar", bytes, offset=100, size=100)
         got = fetch(f"{server.url}/x.tar", str(tmp_path / "cache"), size=len(CONTENT), version="", check=is_content)
         assert got.read_bytes() == CONTENT
 
@@ -122,9 +121,9 @@ def test_a_server_without_ranges_needs_the_cache(folder: Path, tmp_path: Path) -
 def test_texts_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "MAX_TEXT", 2_000_000)
     with FlakyServer(folder) as server, pytest.raises(StorageError, match="more than 2000000 bytes"):
-        read_bytes(f"{server.url}/x.tar")
+        read(f"{server.url}/x.tar", bytes)
     with pytest.raises(ValueError, match="more than 2000000 bytes"):
-        read_bytes(str(folder / "x.tar"))
+        read(str(folder / "x.tar"), bytes)
 
 
 def test_a_network_disk_that_fails_for_a_moment(folder: Path) -> None:
@@ -151,10 +150,10 @@ def test_object_stores_are_read_by_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     wrapped = AsyncFileSystemWrapper(memory, asynchronous=False)
     monkeypatch.setitem(storage._filesystems, (os.getpid(), "memory"), wrapped)
     for offset, size in RANGES:
-        assert read_bytes("memory://bucket/x.tar", offset=offset, size=size) == CONTENT[offset : offset + size]
-    assert read_bytes("memory://bucket/x.tar") == CONTENT and storage.size("memory://bucket/x.tar") == len(CONTENT)
+        assert read("memory://bucket/x.tar", bytes, offset=offset, size=size) == CONTENT[offset : offset + size]
+    assert read("memory://bucket/x.tar", bytes) == CONTENT
     with pytest.raises(StorageError, match="is missing"):
-        read_bytes("memory://bucket/y.tar")
+        read("memory://bucket/y.tar", bytes)
 
 
 def test_a_store_whose_package_is_missing_is_told() -> None:
@@ -162,7 +161,7 @@ def test_a_store_whose_package_is_missing_is_told() -> None:
         import s3fs  # noqa: F401
     except ImportError:
         with pytest.raises(StorageError, match=r"s3://bucket/x\.tar: reading s3:// needs another package \(.*s3fs"):
-            read_bytes("s3://bucket/x.tar", size=1)
+            read("s3://bucket/x.tar", bytes, size=1)
     else:
         pytest.skip("s3fs is installed")
 
@@ -348,7 +347,7 @@ def test_a_full_disk_is_told(folder: Path, tmp_path: Path) -> None:
 )
 def test_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str) -> None:
     monkeypatch.chdir(tmp_path)
-    for attempt in (is_remote, read_bytes, read_text, storage.size):
+    for attempt in (is_remote, lambda location: read(location, bytes)):
         with pytest.raises(StorageError, match="neither a path nor a URL that is read"):
             attempt(location)
     assert list(tmp_path.iterdir()) == []
@@ -365,5 +364,5 @@ def test_secrets_are_not_shown(folder: Path) -> None:
     assert shown("https://me:secret@host/a/x.tar?sig=secret&y=1") == "https://...@host/a/x.tar?..."
     assert shown("what?/x@y/z") == "what?/x@y/z"
     with pytest.raises(StorageError) as caught:
-        read_bytes("http://me:secret@127.0.0.1:9/x.tar?sig=secret", size=1)
+        read("http://me:secret@127.0.0.1:9/x.tar?sig=secret", bytes, size=1)
     assert "secret" not in str(caught.value) and "//...@127.0.0.1:9/x.tar?..." in str(caught.value)

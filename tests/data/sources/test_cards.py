@@ -46,6 +46,7 @@ NAMES = [
     "hrwsi",
     "megadepth",
     "kitti",
+    "kitti_raw",
     "nyuv2",
     "nyuv2_labelled",
     "sintel",

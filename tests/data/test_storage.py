@@ -69,7 +69,7 @@ def test_local_bytes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize("share", [0.0, 0.2, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_a_server_that_breaks_gives_the_same_bytes(folder: Path, share: float, announced: bool) -> None:
     with FlakyServer(folder, share=share, announced=announced) as server:
         for turn in range(3):
@@ -261,6 +261,7 @@ def test_files_of_one_name_and_versions_of_one_file_are_kept_apart(folder: Path,
     assert len([path for path in copies(tmp_path) if path.is_file()]) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_no_copy_and_does_not_stand_in_the_way(folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     with FlakyServer(folder, share=1.0, faults=["stall"], in_a_row=1) as server:

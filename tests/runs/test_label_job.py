@@ -510,6 +510,7 @@ def alone(predictor: Predictor, folder: Path, options: list[str]) -> dict[str, s
     return labels(folder)
 
 
+@pytest.mark.slow
 def test_two_jobs_share_the_work(zygote, predictor, weights, tmp_path):
     """Twenty shards, two processes: none twice, none missing, and the bytes of one job alone."""
     options = ["labels.quality=flip"]
@@ -585,6 +586,7 @@ label_shards(predictor, Shards(name="set", root=sys.argv[2]), teacher="teacher-1
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_owner_that_wakes_overwrites_nothing(zygote, weights, tmp_path):
     made(tmp_path / "set", shards=1, images=12)
     command = ["-c", STOPPED, str(weights), str(tmp_path / "set")]

@@ -107,6 +107,7 @@ def stop_again_and_again(zygote: Zygote, shards: str, runs: Path, *, turns: int)
         assert (f"step-{last:08d}.ckpt" in group.output()) == bool(last)  # went on from it
 
 
+@pytest.mark.slow
 def test_every_rank_stops_after_the_same_step_whoever_is_told(zygote, shards, tmp_path):
     stop_again_and_again(zygote, shards, tmp_path, turns=3)
 

@@ -269,17 +269,17 @@ def whole(zygote, data, tmp_path_factory) -> dict[str, Path]:
     return Runs()
 
 
-FEW = [Way(1, 2), Way(2, 1), Way(3, 0), Way(1, 3)]
 # Ranks 1 -> 2 -> 3 -> 1, on one machine and on several, 0 to 3 workers.
-MANY = [*FEW, Way(2, 0, nodes=2), Way(1, 1), Way(3, 2), Way(2, 3), Way(1, 0), Way(3, 1, nodes=3), Way(2, 2)]
+WAYS = [Way(1, 2), Way(2, 1), Way(3, 0), Way(1, 3), Way(2, 0, nodes=2), Way(1, 1), Way(3, 2), Way(2, 3), Way(1, 0)]
+WAYS += [Way(3, 1, nodes=3), Way(2, 2)]
 STARTED = [Way(1, 1, start_method="forkserver"), Way(1, 1, start_method="spawn")]  # seconds each: once
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_and_taken_up_by_other_numbers_of_processes(kills, zygote, data, whole, tmp_path, capsys):
+@pytest.mark.slow
+def test_killed_and_taken_up_by_other_numbers_of_processes(zygote, data, whole, tmp_path, capsys):
     """Ordered ids exactly the epoch; weights those of one process that was left alone."""
-    began = time.monotonic()
-    ways = cycle(FEW) if kills < len(MANY) else chain(STARTED, cycle(MANY))
+    began, kills = time.monotonic(), 20
+    ways = chain(STARTED, cycle(WAYS))
     double = ["trainer.precision=64-true"]
     taken = kill_often(zygote, data, tmp_path, ways, *double, kills=kills, seed=kills, before=DOUBLE)
     batches = each_once(tmp_path, data)
@@ -394,6 +394,7 @@ def test_a_shard_that_is_deleted_while_the_run_is_on_its_way(zygote, data, tmp_p
     assert f"{len(skipped)} samples could not be used" in output
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_in_one_line_until_its_run_is_dead(zygote, data, tmp_path):
     first = start(zygote, data, tmp_path)
     reach(first, tmp_path, 1)
@@ -411,6 +412,7 @@ def test_a_folder_in_use_is_refused_in_one_line_until_its_run_is_dead(zygote, da
     each_once(tmp_path, data)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_in_a_set_that_has_changed(zygote, data, tmp_path):
     """One image less, and every later position would be another image: some would be used twice and some never."""
     mine = damaged_copy(data, tmp_path / "data", set())

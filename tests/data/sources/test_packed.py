@@ -526,6 +526,7 @@ def test_a_server_that_breaks_gives_the_same_samples(tmp_path: Path, cached: boo
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.slow
 def test_a_server_that_is_broken_costs_samples_and_never_hangs(tmp_path: Path) -> None:
     _, folder = served(tmp_path / "set")
     with FlakyServer(folder) as server:

@@ -115,6 +115,22 @@ def test_contradictions_are_named(quantity, options, word):
         convert([1.0, 2.0], quantity, **options)
 
 
+@pytest.mark.parametrize("factor", [1e-3, 48.0, 80.0, 1e4])
+def test_the_target_forgets_the_factor_but_not_the_kind_of_depth(factor):
+    """1 / t and 80 / t are one target; the distance along the ray, read as depth, is another."""
+    rays = ray_norms(24, 32, 25.0, 16.0, 12.0)
+    planar = 2 + torch.rand(24, 32)
+
+    def target(values, **options):
+        return normalise(*(m[None] for m in to_disparity(values, **(PLAIN | options))[:2]))
+
+    right = target(planar, quantity=Quantity.DEPTH)
+    assert_close(target(planar, quantity=Quantity.DEPTH, factor=factor), right, rtol=0, atol=1e-6)
+    assert_close(target(planar * rays, quantity=Quantity.DISTANCE, rays=rays, factor=factor), right, rtol=0, atol=2e-6)
+    wrong = target(planar * rays, quantity=Quantity.DEPTH, factor=factor)
+    assert (wrong - right).abs().mean() > 0.05
+
+
 def test_normalise_spans_zero_to_one_and_forgets_the_factor():
     depth = 1 + 9 * torch.rand(3, 8, 8)
     valid = torch.rand(3, 8, 8) > 0.3

@@ -85,6 +85,7 @@ class EvalBatch(TypedDict):
     source: str
     key: list[str]
     skipped: list[Skip]
+    factor: NotRequired[float]  # numerator of the disparity: depth = factor / disparity
     image: NotRequired[Tensor]  # (1, 3, H, W) float32, ImageNet-normalised, sides multiples of the patch size
     original: NotRequired[np.ndarray]  # (., ., 3) uint8 RGB, as the source gave it
     disparity: NotRequired[Tensor]  # (1, h, w) float32, factor / depth, not normalised; 0 where invalid

@@ -40,13 +40,14 @@ from torch.utils.data import default_collate
 from depthany.config.build import build
 from depthany.config.launch import compose
 from depthany.data.augment import Augment, sample_rng
-from depthany.data.files import EXIF_ORIENTATION, DecodeError, read_image
+from depthany.data.files import DecodeError, read_image
 from depthany.data.labels import encode_pseudo, half
 from depthany.data.module import DepthData, Mix, keep_memory
 from depthany.data.scenes import render
 from depthany.data.shards import Shard, label_path, write_shard
 from depthany.data.sources.packed import Packed
 from depthany.data.sources.photos import PhotoFolder
+from depthany.geometry.pictures import EXIF_ORIENTATION
 from depthany.geometry.resize import crop_image, lower_bound_size, resize_image
 from depthany.types import IMAGENET_MEAN, IMAGENET_STD
 

@@ -69,6 +69,7 @@ def audited(root: Path, page: Path, *, limit: int | None = None, fov_deg: float 
         centre_px=None,
         encoding=None,
         array=None,
+        sky_masks=None,
         index_root=None,
     )
     return audit(
@@ -142,7 +143,8 @@ def test_shards_are_audited_like_their_source(tmp_path: Path) -> None:
 
 def test_a_missing_root_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"root=.*none") as error:
-        build(compose("audit", ["dataset=vkitti2", f"root={tmp_path / 'none'}"]).dataset)
+        source = build(compose("audit", ["dataset=vkitti2", f"root={tmp_path / 'none'}"]).dataset)
+        audit(source, dataset="vkitti2", limit=1, fov_deg=None, range_m=None, page=tmp_path / "page.html", command="")
     assert len(str(error.value).splitlines()) == 1
 
 

@@ -32,7 +32,7 @@ def test_every_stage_data_and_labels(stage: str, data: str) -> None:
         check(compose("train", [f"stage={stage}", f"data={data}", f"labels={labels}"]))
 
 
-OTHERS = sorted(set(GROUPS) - {"stage", "recipe", "model", "data", "labels", "unlabelled", "dataset"})
+OTHERS = sorted(set(GROUPS) - {"stage", "recipe", "model", "data", "labels", "unlabelled", "dataset", "part"})
 
 
 @pytest.mark.parametrize("number", range(max(len(GROUPS[group]) for group in OTHERS)))

@@ -10,12 +10,15 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from depthany.config.build import build
 from depthany.config.check import ConfigError, check
 from depthany.config.launch import compose, config_dir, groups_of, help_text
-from depthany.runs.unlabelled import sets
+from depthany.runs.cards import read_cards
+from depthany.runs.preparing import next_commands, open_set, sets
 from tests.data.sources.test_video import write_video
 from tests.data.sources.writers.unlabelled import WRITERS, picture, put, tar_of
 from tests.processes import Group, Zygote
@@ -48,7 +51,9 @@ def test_every_set_of_the_papers_has_a_card() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "say what to prepare: unlabelled=SET root=FOLDER"),
+        ([], "say what to prepare: dataset=NAME or unlabelled=SET, and root=FOLDER"),
+        (["dataset=irs", "unlabelled=sa1b", "root=x"], "say one of them: dataset=NAME or unlabelled=SET"),
+        (["dataset=irs", "root=x", "pictures=small"], "pictures must be one of keep, fast"),
         (["unlabelled=sa1b"], "say where it lies: root=FOLDER"),
         (["unlabelled=place365", "root=x"], "did you mean places365"),
         (["unlabelled=sa1b", "root=x", "worker=2"], "no option worker; did you mean workers"),
@@ -84,6 +89,12 @@ def test_a_run_ends_with_what_is_there_and_what_comes_next(zygote: Zygote, tmp_p
         (["unlabelled=folder", "root=raw", "out=raw/sa_000000.tar/x"], "cannot be written (Not a directory)"),
         (["unlabelled=webdataset", "root=raw", "max_side=512"], "unlabelled=folder packs anew"),
         (["unlabelled=folder", "root=raw", "unlabelled.name=a/b"], "unlabelled.name=a/b cannot name files"),
+        (["unlabelled=folder", "root=raw", "pictures=fast"], "pictures=fast is for labelled sets: max_side makes"),
+        (["dataset=irs", "root=nowhere"], "root=nowhere is no folder; set `root` to the one that holds"),
+        (["dataset=irs", "root=raw"], "source irs: no samples in root=raw, wanted"),
+        (["dataset=irs", "root=raw", "max_side=512"], "max_side=512 is for unlabelled sets: the samples of a labelled"),
+        (["dataset=irs", "root=raw", "dataset.name=a/b"], "dataset.name=a/b cannot name files"),
+        (["dataset=shards", "root=raw"], "dataset=shards is not packed: it is no set of original files"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(options: list[str], message: str, zygote: Zygote, tmp_path: Path) -> None:
@@ -97,7 +108,28 @@ def test_the_list_of_sets(zygote: Zygote, tmp_path: Path) -> None:
     said = zygote.run(say("--list"), cwd=tmp_path)
     for name, card, config in sets():
         assert all(words in said for words in (name, card["title"], card["licence"], config["example"]))
+    table = [line.split("  ") for line in said.partition("unlabelled sets")[0].splitlines()]
+    rows = {line[0].strip(): " ".join(line) for line in table}
+    for name, card in read_cards().items():
+        if "quantity" in card:
+            words = rows[name].split()
+            assert {card["kind"], card["commercial"], card["licence"].split()[0]} <= set(words), (name, words)
+            assert card["factor"] is None or f"{card['factor']:g}" in words
+            assert not (card["expected"] or {}).get("all") or f"{card['expected']['all']:,}" in words
     assert "11,185,362" in said and "webdataset" in said
+
+
+@pytest.mark.parametrize(("name", "mixture"), [("irs", "v2_synthetic"), ("hrwsi", "v1_labelled"), ("sintel", None)])
+def test_a_packed_set_is_trained_on_by_the_mixture_that_has_it(name: str, mixture: str | None, tmp_path: Path) -> None:
+    cfg = compose("prepare", [f"dataset={name}", f"root={tmp_path}"])
+    audit, *train = next_commands(open_set(cfg, build(cfg.dataset)))
+    check(compose("audit", audit.split()[3:]))
+    assert len(train) == (mixture is not None)
+    for command in train:
+        trained = compose("train", command.split()[3:])
+        check(trained)
+        assert trained.data.name == mixture and trained.data.sources[name].read == "shards"
+        assert Path(trained.data.sources[name].shards) == Path(cfg.paths.shards) / name
 
 
 NO_OVERRIDE = """
@@ -188,10 +220,18 @@ def test_no_process_is_left_and_none_waits(victim: str, photos: Path, zygote: Zy
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare(1)")
-def test_a_full_disk(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["unlabelled", "labelled"])
+def test_a_full_disk(kind: str, photos: Path, tmp_path: Path) -> None:
     """One line and exit code 73; what is packed stays and is used when there is room."""
     (tmp_path / "disk").mkdir()
-    python = f"{sys.executable} -m depthany.prepare unlabelled=folder root={photos} out={tmp_path}/disk"
+    chosen = f"unlabelled=folder root={photos}"
+    if kind == "labelled":
+        (tmp_path / "raw/depth").mkdir(parents=True)
+        (tmp_path / "raw/images").symlink_to(photos)
+        for photo in photos.iterdir():
+            np.save(tmp_path / "raw/depth" / f"{photo.stem}.npy", np.ones((100, 100), np.float32))
+        chosen = f"dataset=folder_pair root={tmp_path}/raw dataset.name=folder"
+    python = f"{sys.executable} -m depthany.prepare {chosen} out={tmp_path}/disk"
     script = f"""
 mount -t tmpfs -o size=6m none {tmp_path}/disk || exit 99
 {python} samples_per_shard=10 workers=1; echo "code $?"; ls -A {tmp_path}/disk

@@ -23,9 +23,13 @@ PLAIN = {
     "redo": "bool",
     "checkpoint": "str | list[str]",
     "input_size": "int | None",
+    "sizes": "Sequence[int] | None",
     "baselines": "bool",
     "limit": "int | None",
-    "format": "Literal['info', 'json']",
+    "format": "Literal['info', 'json', 'safetensors', 'official', 'hf', 'onnx', 'torchscript']",
+    "photo": "str | None",
+    "size": "int | None",
+    "processing": "Literal['none', 'inside']",
     "images": "int | None",
     "world": "int | None",
     "probe_seconds": "float",
@@ -36,9 +40,12 @@ PLAIN = {
     "max_side": "int | None",
     "quality": "int",
     "workers": "int | None",
+    "pictures": "Literal['keep', 'fast']",
     "page": "str | None",
     "range_m": "Sequence[float] | None",
     "fov_deg.*": "float | None",
+    "segmenter": "str | None",
+    "batch_size": "int",
 }
 GROUPS = (
     *("model", "optim", "data", "mix", "loss", "augment", "task", "labels", "trainer", "callbacks", "logger"),
@@ -76,14 +83,17 @@ def check(cfg: DictConfig) -> None:
     tree = plain(cfg)
     if "resume" in tree and not tree.get("task"):
         raise ConfigError("say which stage to run: stage=teacher or stage=student")
-    if "samples_per_shard" in tree and not tree.get("unlabelled"):
-        raise ConfigError("say what to prepare: unlabelled=SET root=FOLDER (--list shows the sets)")
+    if "samples_per_shard" in tree and bool(tree.get("unlabelled")) == bool(tree.get("dataset")):
+        one = "one of them" if tree.get("dataset") else "what to prepare"
+        raise ConfigError(f"say {one}: dataset=NAME or unlabelled=SET, and root=FOLDER (--list shows the sets)")
     if "samples_per_shard" in tree and not tree["root"]:
         raise ConfigError("say where it lies: root=FOLDER")
     if "fov_deg" in tree and not tree.get("dataset"):
         raise ConfigError("say what to audit: dataset=NAME root=FOLDER (--help shows the names)")
     if "fov_deg" in tree and not tree["root"] and "root" in tree["dataset"]:
         raise ConfigError("say where it lies: root=FOLDER")
+    if "segmenter" in tree and not (tree.get("dataset") and tree["root"] and tree["segmenter"]):
+        raise ConfigError("say whose sky, and what finds it: dataset=NAME root=FOLDER segmenter=FOLDER_OR_ID")
     known = {*GROUPS, *(key.partition(".")[0] for key in PLAIN)}
     problems = [f"{key} is no option{suggest(str(key), known)}" for key in tree if key not in known]
     if "task" in tree:
@@ -113,6 +123,8 @@ def _check_parts(tree: Mapping[str, Any], problems: list[str]) -> None:
 
 def _walk(node: Any, path: str, problems: list[str]) -> None:
     if isinstance(node, list):
+        if (annotation := PLAIN.get(path)) and (wrong := mismatch(annotation, node)):
+            problems.append(f"{path} {wrong}")
         for index, item in enumerate(node):
             _walk(item, f"{path}[{index}]", problems)
         return

@@ -35,7 +35,8 @@ UNNAMED += ("data.num_workers", "data.start_method", "callbacks=", "callbacks.th
 UNNAMED += ("images=", "world=", "probe_seconds=")  # of the preflight, which names the run that it is for
 
 
-OTHER_GROUPS = {"prepare": ("unlabelled",), "audit": ("dataset",)}  # that --help lists before one is chosen
+# Groups that --help lists before one is chosen.
+OTHER_GROUPS = {"prepare": ("dataset", "unlabelled"), "audit": ("dataset",), "sky": ("dataset",)}
 
 
 def config_dir() -> Path:
@@ -105,8 +106,11 @@ def _in_words(verb: str, overrides: list[str], error: Exception) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         groups = [o for o in overrides if "." not in o.partition("=")[0] and "/" not in o.partition("=")[0]]
         known = groups_of()
-        cfg = hydra.compose(verb, [o for o in groups if o.partition("=")[0] in known])
-        words = [*known, *_leaves(OmegaConf.to_container(cfg, resolve=False))]
+        try:
+            cfg = hydra.compose(verb, [o for o in groups if o.partition("=")[0] in known])
+        except HydraException:  # a group that this verb has not
+            cfg = hydra.compose(verb, [])
+        words = {*known, *_leaves(OmegaConf.to_container(cfg, resolve=False))} - {match[1]}
         return f"there is no option {match[1]}{suggest(match[1], words)} (every option: --help)"
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         there = groups_of().get(match[1], [])
@@ -173,29 +177,37 @@ TOP_DOCS = {
     "resume": "auto: go on where the run of this name stopped; never: start again, the old folder is kept beside",
     "paths.runs": "where run folders go",
     "paths.shards": "where packed sets and pseudo-labels go",
+    "paths.datasets": "where labelled datasets lie as their authors publish them, each in a folder of its own",
     "paths.real": "a folder with index.csv and photos, for data=real_sample",
     "teacher": "a run folder, weights of any layout (official, Hugging Face, ...), or last: the last finished teacher",
     "shards": "a folder or URL of image shards; null: the unlabelled sets of data",
     "labels_root": "folder of the labels of `shards`; null: beside the image shards",
     "devices": "processes on this machine; auto: one for each GPU, and one elsewhere",
-    "redo": "replace labels that this teacher has made with other options, instead of refusing",
+    "redo": "replace labels that this teacher has made with other options, or another model's masks; else refused",
     "checkpoint": "a run folder, weights of any layout (official, Hugging Face, ...), a list, or last: the newest run",
     "input_size": "short side at the network's input in pixels; null: the size that the model was trained at",
+    "sizes": "several of them: a table and a page of accuracy and sharpness against the input size; null: input_size",
     "baselines": "add the trivial predictors (constant, image row, mean map) as rows of the table",
     "device": "auto, cpu, cuda, mps",
     "limit": "images per set; null: all",
-    "format": "info: a table of what the checkpoint is; json: the same for programs",
+    "format": "info, json: what the checkpoint is, for people and programs; else what is written to out",
     "images": "images of the epoch for which the cost is told; null: those that the data have",
     "world": "devices for which the cost is told; null: as many as trainer.devices and trainer.num_nodes say",
     "root": "what is to be prepared or audited, as it was downloaded: a folder; for unlabelled=list a text file",
-    "out": "where the shards go; null: a folder of the set's name under paths.shards",
+    "out": "where it goes, a file or folder; null: for prepare a folder of the set's name under paths.shards",
+    "photo": "on which an export is compared before and after; null: a scene of the embedded data",
+    "size": "short side in pixels of the network input for that and for processing=inside; null: the model's own",
+    "processing": "of onnx. none: normalised images in; inside: pictures of any size in, maps of their size out",
     "samples_per_shard": "images in each tar",
     "min_side": "images with a shorter side are dropped, in pixels",
     "max_side": "images with a longer side are shrunk to it and stored as JPEG, in pixels; null: no byte is changed",
+    "pictures": "of labelled sets; keep: JPEG, PNG, WebP keep their bytes; fast: what is not JPEG becomes bare pixels",
     "quality": "of the JPEGs that shrunk images and frames of videos become, 1 to 100",
     "page": "where the page goes; null: _audit/<name>.html under paths.runs",
     "range_m": "[nearest, farthest] depth that the set can have, in metres; null: the card's",
     "workers": "processes; null: one for each core",
+    "segmenter": "semantic segmentation model of transformers with a class sky: an id of the hub, or a folder",
+    "batch_size": "images of one size that the network sees at once",
     "probe_seconds": "time for measuring this machine; a step that has begun is finished",
 }
 

@@ -18,9 +18,10 @@ import numpy as np
 import OpenEXR
 from PIL import Image, UnidentifiedImageError
 
+from depthany.geometry.pictures import orientation, upright, upright_rgb
+
 # JPEG includes MPO, a JPEG with further pictures behind it; PPM the netpbm family PBM, PGM, PPM.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 64_000_000  # a header that promises more is taken for a decompression bomb
 
 
@@ -52,41 +53,11 @@ def _open(data: bytes, formats: tuple[str, ...], max_pixels: int) -> Image.Image
     return image
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation (1 to 8; anything else is taken for 1) of an (H, W, 3) array."""
-    if orientation in (5, 6, 7, 8):  # stored with rows and columns exchanged
-        pixels = cv2.transpose(pixels)
-    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
-    if rows or columns:
-        pixels = cv2.flip(pixels, -1 if rows and columns else int(columns))
-    return np.ascontiguousarray(pixels)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # damaged EXIF raises anything; the picture itself may be sound
-        return 1
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Any mode to (H, W, 3) uint8."""
-    image.load()
-    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, as is done for 16-bit colour
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
-        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise DecodeError("a float image is not a picture; give it as depth, or store 8 bits")
-    return np.array(image.convert("RGB"))
-
-
 def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to: int | None = None) -> np.ndarray:
     """The picture in an encoded file, (H, W, 3) uint8 RGB, upright.
 
     JPEG, MPO, PNG, WebP, BMP, TIFF, GIF and netpbm, by content; the first frame of several. EXIF
-    orientation is applied. Grey, palette and CMYK become RGB without colour management. Alpha is
-    dropped and the stored colour kept, as the published code does through `cv2.imread`. 16-bit
-    channels keep their high byte.
+    orientation is applied; `upright_rgb` says what becomes of grey, palette, CMYK, alpha and 16 bits.
 
     Args:
         data: the bytes of the file.
@@ -104,9 +75,7 @@ def read_image(data: bytes, *, max_pixels: int = MAX_PIXELS, reduce_to: int | No
             # The same pixels as PIL, faster. None where it gives up: PIL then says why.
             flags = _reduced(min(image.size), reduce_to) | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if pixels is None:
-            pixels = _pixels(image)
-        return _upright(pixels, _orientation(image))
+        return upright_rgb(image) if pixels is None else upright(pixels, orientation(image))
     except DecodeError:
         raise
     except Exception as err:  # decoders raise anything on damaged bytes
@@ -128,7 +97,7 @@ def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """
     try:
         image = _open(data, IMAGE_FORMATS, max_pixels)
-        turned = _orientation(image) in (5, 6, 7, 8)
+        turned = orientation(image) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
     except DecodeError:
         raise

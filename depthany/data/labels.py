@@ -108,12 +108,17 @@ def encode_pseudo(disparity: np.ndarray, codec: str) -> dict[str, bytes]:
     return {"disparity.png": _png(np.rint(unit * levels).astype(dtype)), "json": note}
 
 
-def encode_truth(sample: DepthSample) -> dict[str, bytes]:
-    """A measured or rendered label as shard members, without loss: float32, NaN where invalid, -1 where sky."""
+def encode_truth(sample: DepthSample, *, note: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """A measured or rendered label as shard members, without loss: float32, NaN where invalid, -1 where sky.
+
+    Args:
+        sample: with the label.
+        note: plain values that go into the JSON beside the kind, such as where the sample comes from.
+    """
     stored = np.where(sample["sky"], np.float32(-1), np.where(sample["valid"], sample["disparity"], np.float32(np.nan)))
     return {
         "disparity.npy": _npy(stored.astype(np.float32)),
-        "json": json.dumps({"kind": str(sample["kind"])}).encode(),
+        "json": json.dumps({"kind": str(sample["kind"]), **(note or {})}).encode(),
     }
 
 
@@ -134,13 +139,13 @@ def decode_label(members: Callable[[str], bytes], suffixes: Mapping[str, Any]) -
     elif "disparity.npz" in suffixes:
         stored = decode_depth(members("disparity.npz"), ".npz").astype(np.float32)
     else:
-        stored = np.load(BytesIO(members("disparity.npy")), allow_pickle=False).astype(np.float32)
+        stored = _read_npy(members("disparity.npy"))
     if kind == DepthKind.PSEUDO:
         disparity = stored * np.float32(note["high"] - note["low"]) + np.float32(note["low"])
         everywhere = np.ones(disparity.shape, bool)
         return {"disparity": disparity, "valid": everywhere, "sky": ~everywhere, "kind": kind}
-    sky, valid = stored == -1, ~np.isnan(stored)
-    return {"disparity": np.where(valid & ~sky, stored, np.float32(0)), "valid": valid, "sky": sky, "kind": kind}
+    sky, valid = stored == -1, stored == stored  # NaN alone is not itself
+    return {"disparity": np.where(valid ^ sky, stored, np.float32(0)), "valid": valid, "sky": sky, "kind": kind}
 
 
 def half(disparity: np.ndarray) -> np.ndarray:
@@ -212,6 +217,16 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    """What `_npy` has written, float32 and read-only: unlike np.load, without a copy of the numbers."""
+    buffer = BytesIO(data)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("disparity.npy is of another version than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(buffer)
+    numbers = np.frombuffer(data, dtype, offset=buffer.tell())
+    return numbers.reshape(shape, order="F" if is_fortran else "C").astype(np.float32, copy=False)
 
 
 def _png(array: np.ndarray) -> bytes:

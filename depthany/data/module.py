@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from depthany.data.augment import Augment, sample_rng
 from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
-from depthany.data.order import CursorBatches, EpochOrder, Spot
+from depthany.data.order import CursorBatches, EpochOrder, Spot, used_of
 from depthany.data.shards import ShardError
 from depthany.data.storage import Unreachable, outage
 from depthany.geometry.disparity import normalise
@@ -41,7 +41,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Source(Protocol):
-    """What the mixture reads from."""
+    """What the mixture reads from.
+
+    A source may have more: `check`, which looks without effort whether its files are there; `open`, which follows
+    `prepare` on every process; `limit`, `window` and `reduce_to`, which are set before that; `chunks`, `weight`,
+    `factor`, `fingerprint` and `skipped`, as `Shards` and `Labelled` describe them.
+    """
 
     name: str
 
@@ -78,16 +83,26 @@ def chunks_of(source: Source, limit: int | None) -> list[int]:
     return whole or [len(source) if limit is None else min(len(source), limit)]
 
 
+def images_per_epoch(source: Source, limit: int | None) -> int:
+    """Images of a source that an epoch has; those that its weight repeats are counted as often."""
+    return used_of(sum(chunks_of(source, limit)), getattr(source, "weight", 1.0))
+
+
 class Part:
-    """Several sources as one: plain concatenation, each image as often as any other (V1 and V2, section 4.1)."""
+    """Several sources as one: plain concatenation, each image as often as any other (V1 and V2, section 4.1).
+
+    A source with a `weight` other than 1 is in it that many times.
+    """
 
     def __init__(self, sources: Sequence[Source], *, seed: int, window: int, limit: int | None) -> None:
         self.sources = sources
         counts = [np.array(chunks_of(source, limit), np.int64) for source in sources]
+        weights = [(len(each), getattr(of, "weight", 1.0)) for of, each in zip(sources, counts, strict=True)]
         # In arrays, which loader workers share: a big set has 62,000 chunks.
         self._source = np.repeat(np.arange(len(sources)), [len(each) for each in counts])
         self._starts = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(each) - each for each in counts)])
-        self.order = EpochOrder(counts=np.concatenate([np.zeros(0, np.int64), *counts]), seed=seed, window=window)
+        whole = np.concatenate([np.zeros(0, np.int64), *counts])
+        self.order = EpochOrder(counts=whole, seed=seed, window=window, weights=weights)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -218,7 +233,8 @@ class EvalDataset(Dataset[EvalBatch]):
         item = EvalBatch(source=source.name, key=[source.key(i)], skipped=[])
         try:
             sample = source.read(i)
-        except (DecodeError, OSError) as error:
+            item["factor"] = getattr(source, "factor", None) or 1.0
+        except (DecodeError, ShardError, OSError) as error:
             item["skipped"] = [Skip(source.name, source.key(i), str(error))]
             return item
         if not has_label(sample):
@@ -286,8 +302,9 @@ def _hand_on_signals() -> None:
 
 
 def _present(sources: Mapping[str, Source | None]) -> dict[str, Source]:
-    """Without the sources that a config sets to null."""
-    return {name: source for name, source in sources.items() if source is not None}
+    """Without the sources that a config sets to null, or gives no weight."""
+    there = {name: source for name, source in sources.items() if source is not None}
+    return {name: source for name, source in there.items() if getattr(source, "weight", 1.0) > 0}
 
 
 class DepthData(pl.LightningDataModule):
@@ -295,10 +312,12 @@ class DepthData(pl.LightningDataModule):
 
     Args:
         name: of the data set as a whole, in run records.
+        read: how the mixture's labelled sources are read, raw or shards, for them to refer to; null: each says it.
         sources: labelled sources by name.
         unlabelled: unlabelled sources by name.
         validation: labelled sources by name, never trained on.
-        max_depth: farther pixels are left out of the metrics, by validation source, in the source's unit; null: none.
+        max_depth: farther pixels are left out of the metrics, by validation source; in metres, or in the unit of a set
+            that is not metric; null: none.
         num_workers: loader processes for each rank.
         start_method: how they start; null: as Python does on this system.
         reduced_decode: JPEGs in shards whose short side is twice the crop or more are decoded at 1/2, 1/4 or 1/8: in
@@ -332,11 +351,15 @@ class DepthData(pl.LightningDataModule):
         batch_size: int = 1,
         seed: int = 0,
         online: bool = False,
+        read: Literal["raw", "shards"] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.sources, self.unlabelled, self.validation = _present(sources), _present(unlabelled), _present(validation)
-        self.max_depth, self.num_workers, self.start_method = max_depth, num_workers, start_method
+        self.max_depth = {  # by the name that stands in a batch
+            source.name: max_depth.get(name, max_depth.get(source.name)) for name, source in self.validation.items()
+        }
+        self.num_workers, self.start_method = num_workers, start_method
         self.reduced_decode, self.window, self.limit = reduced_decode, window, limit
         self.skip_limit, self.mix, self.augment = skip_limit, mix, augment or {}
         self.batch_size, self.seed, self.online = batch_size, seed, online
@@ -347,31 +370,51 @@ class DepthData(pl.LightningDataModule):
 
     @property
     def used(self) -> list[Source]:
-        """Labelled sources (the mean map of the table is theirs), unlabelled ones if the mix has them, validation."""
-        unlabelled = self.unlabelled.values() if self.mix and self.mix.unlabelled else ()
-        return [*self.sources.values(), *unlabelled, *self.validation.values()]
+        """What the run reads, validation last."""
+        return list(self._used().values())
+
+    def _used(self) -> dict[str, Source]:
+        """By option. Where the mix has no labelled images, the mean map of the table still is theirs."""
+        groups = {"sources": self.sources, "unlabelled": self.unlabelled, "validation": self.validation}
+        if self.mix and not self.mix.labelled and not self.validation:
+            del groups["sources"]
+        if not self.mix or not self.mix.unlabelled:
+            del groups["unlabelled"]
+        return {f"data.{group}.{name}": source for group, of in groups.items() for name, source in of.items()}
 
     def prepare_data(self) -> None:
-        """Packs and checks every source; on one process of a machine.
+        """Looks whether all sources are there, then packs and lists them; on one process of a machine, before `setup`.
 
         Raises:
-            ShardError: sources cannot be used; each is told in a line.
+            ShardError: sources cannot be used; each is told in a line, and nothing is packed while one is not there.
         """
-        problems = []
-        for source in self.used:
-            if hasattr(source, "limit"):
-                source.limit = self.limit
-            try:
-                source.prepare()
-            except ShardError as error:
-                problems.append(f"{error} (data: {source.name}.root; {source.name}=null leaves the set out)")
-        if problems:
-            raise ShardError("\n".join(problems))
+        if self._ready:  # Lightning asks again, and a look at every file of a big set takes its time
+            return
+        for step in ("check", "prepare"):
+            problems = []
+            for option, source in self._used().items():
+                if hasattr(source, "limit"):
+                    source.limit = self.limit
+                try:
+                    getattr(source, step, lambda: None)()
+                except ValueError as error:
+                    root = getattr(source, "root_option", "root")
+                    without = f"{option}.weight=0" if hasattr(source, "weight") else f"{option}=null"
+                    problems.append(f"{error} ({option}.{root}=FOLDER; {without} leaves the set out)")
+            if problems:
+                if len(problems) > 1:
+                    problems.append("all at once: paths.datasets=FOLDER for raw sets, paths.shards=FOLDER for shards")
+                raise ShardError("\n".join(problems))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sources; repeated calls change nothing."""
         if self._ready:
             return
+        seen = {"labelled": self.sources, "unlabelled": {} if self.online else self.unlabelled}  # a teacher sees all
+        for part, sources in seen.items() if self.reduced_decode else ():
+            for source in sources.values():
+                if hasattr(source, "reduce_to"):
+                    source.reduce_to = self.augment[part].size
         for source in self.used:
             if hasattr(source, "limit"):
                 source.limit = self.limit
@@ -379,11 +422,6 @@ class DepthData(pl.LightningDataModule):
                 source.window = self.window
             if hasattr(source, "open"):
                 source.open()
-        seen = {"labelled": self.sources, "unlabelled": {} if self.online else self.unlabelled}  # a teacher sees all
-        for part, sources in seen.items() if self.reduced_decode else ():
-            for source in sources.values():
-                if hasattr(source, "reduce_to"):
-                    source.reduce_to = self.augment[part].size
         self._ready = True
 
     @property
@@ -402,7 +440,7 @@ class DepthData(pl.LightningDataModule):
         """Samples of the whole run: the epoch times mix.epochs."""
         assert self.mix is not None
         counted = self.unlabelled if self.mix.unlabelled else self.sources
-        return sum(sum(chunks_of(source, self.limit)) for source in counted.values()) * self.mix.epochs
+        return sum(images_per_epoch(source, self.limit) for source in counted.values()) * self.mix.epochs
 
     def train_dataset(self) -> MixedDataset:
         """Training views by Spot."""

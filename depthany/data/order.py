@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of (chunk sizes, seed, epoch), looked up by position.
+"""The order of an epoch: a pure function of (chunk sizes, weights, seed, epoch), looked up by position.
 
 Ranks and workers are only a way to cut a global batch, so they cannot change what is seen. The only state is how many
 samples were used, and that stands in the checkpoint.
@@ -25,16 +25,42 @@ class EpochOrder:
     Reading stays local (a window's shards at a time), and finding a position costs one search over windows: 62,000
     chunks take milliseconds when an epoch begins, and a window is shuffled when it is come to.
 
+    A source of weight 2.5 has every chunk in the order twice, and once more with half of its images. Of the N images of
+    a source, `kept` are in that half: image i is one of them in epoch e where floor((i + e + 1) kept / N) is larger
+    than floor((i + e) kept / N). They lie evenly over the source, and after any number of epochs no image was used
+    more than once more often than another.
+
     Args:
         counts: samples in each chunk.
         seed: of the permutation.
         window: chunks that are shuffled into each other.
+        weights: (chunks, weight) of each source in turn: how often an epoch has its images; None: all of them once.
     """
 
-    def __init__(self, *, counts: Sequence[int] | np.ndarray, seed: int, window: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
+    def __init__(
+        self,
+        *,
+        counts: Sequence[int] | np.ndarray,
+        seed: int,
+        window: int,
+        weights: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
+        counts = np.asarray(counts, dtype=np.int64)
         self.seed, self.window = seed, window
-        self._length = int(self.counts.sum())
+        # Of each time that a chunk is in the order: the chunk, its first image's place in the source, the source's
+        # images, and how many of them are kept. All in arrays, which loader workers share.
+        entries, begun = [], 0
+        for number, weight in [(len(counts), 1.0)] if weights is None else weights:
+            chunks = np.arange(begun, begun + number)
+            size, begun = int(counts[chunks].sum()), begun + number
+            first = np.cumsum(counts[chunks]) - counts[chunks]
+            used = used_of(size, weight)
+            rest = used - size * int(weight)
+            for kept in [size] * int(weight) + [rest] * (rest > 0):
+                entries.append(np.stack(np.broadcast_arrays(chunks, first, max(size, 1), kept)))
+        self._chunk, self._first, self._size, self._kept = np.concatenate([np.zeros((4, 0), np.int64), *entries], 1)
+        self._count = counts[self._chunk]
+        self._length = int(self._in_use(np.arange(len(self._chunk)), 0).sum())
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
@@ -54,21 +80,33 @@ class EpochOrder:
         """A stream of its own for each key; of a plain list, NumPy takes [seed] and [seed, 0] for the same."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
+    def _in_use(self, entries: np.ndarray, epoch: int) -> np.ndarray:
+        """How many images an epoch has of each entry."""
+        first, size, kept = self._first[entries] + epoch, self._size[entries], self._kept[entries]
+        return (first + self._count[entries]) * kept // size - first * kept // size
+
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Chunk order, and the first position of each window."""
-        chunks = self._random(epoch, 0).permutation(len(self.counts))
-        return chunks, np.concatenate([[0], np.cumsum(self.counts[chunks])])[:: self.window]
+        """The entries in order, and the first position of each window."""
+        entries = self._random(epoch, 0).permutation(len(self._chunk))
+        return entries, np.concatenate([[0], np.cumsum(self._in_use(entries, epoch))])[:: self.window]
 
     def _shuffled(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """(chunk, index in chunk) of each sample of a window of an epoch, in order."""
         epoch, window = key
-        chunks, _ = self._plans[epoch]
-        mine = chunks[window * self.window : (window + 1) * self.window]
-        counts = self.counts[mine]
-        chunk = np.repeat(mine, counts)
-        index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        permutation = self._random(epoch, 1 + window).permutation(len(chunk))
-        return chunk[permutation], index[permutation]
+        entries, _ = self._plans[epoch]
+        mine = entries[window * self.window : (window + 1) * self.window]
+        counts = self._in_use(mine, epoch)
+        entry = np.repeat(mine, counts)
+        nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        first, size, kept = self._first[entry] + epoch, self._size[entry], self._kept[entry]
+        index = -(-(first * kept // size + 1 + nth) * size // kept) - 1 - first  # of the n-th one in the chunk
+        permutation = self._random(epoch, 1 + window).permutation(len(entry))
+        return self._chunk[entry][permutation], index[permutation]
+
+
+def used_of(number: int, weight: float) -> int:
+    """How many images an epoch has of a source, repeated ones counted: none of weight 0, else at least one."""
+    return max(round(weight * number), 1) if number and weight else 0
 
 
 def _kept(cache: dict[Any, Any], key: Any, make: Callable[[Any], Any], size: int) -> Any:

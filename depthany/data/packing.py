@@ -6,7 +6,6 @@ once: it is checked and hashed while it is packed.
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,18 +15,82 @@ import cv2
 import numpy as np
 
 from depthany.data.claims import Claim
-from depthany.data.files import DecodeError
+from depthany.data.files import DecodeError, image_size, read_image
 from depthany.data.plan import Item, Plan, items_at
-from depthany.data.preparation import PLAN, Dropped, Job, Preparation, decoded, measured
+from depthany.data.preparation import PLAN, Dropped, Job, Preparation, Survey
 from depthany.data.shards import IMAGE_SUFFIXES, TAR, Shard, index_tar, write_catalog, write_index, write_shard
-from depthany.data.sources.tree import Container, ImageTree, PackError, is_container
+from depthany.data.sources.tree import Container, ImageTree, Listing, NothingFitsError, PackError, is_container
 from depthany.geometry.resize import resize_image
 
 MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 BATCH = 4096  # paths that are looked at together
 
 
-class Packing(Preparation):
+class ImagePreparation(Preparation):
+    """What both kinds of unlabelled sets share: looking into containers, and finding copies of one image.
+
+    Args:
+        source: the set.
+        out: the folder of the set.
+        min_side: images with a shorter side are dropped, in pixels.
+        workers: processes; None: one for each core.
+    """
+
+    def __init__(self, *, source: ImageTree, out: Path, min_side: int, workers: int | None) -> None:
+        super().__init__(name=source.name, out=out, workers=workers)
+        self.source, self.min_side = source, min_side
+
+    def look(self, path: str) -> Listing:
+        """Looks into a container."""
+        return self.source.look(path)
+
+    def listings(self, plan: Plan, paths: Sequence[str]) -> dict[str, int]:
+        """The images in each of some containers; those that are known and unchanged are not opened."""
+        unknown = [path for path in paths if not plan.is_settled(path, self.source.root / path)]
+        found = {path: plan.containers[path][2] for path in paths if path not in set(unknown)}
+        looked: dict[int, Listing] = {}
+        settled = 0
+        for number, listing in self.all_of("look", unknown, "looking into archives"):
+            looked[number] = listing
+            while settled in looked:  # in the order of the files, whoever is faster
+                path, listing = unknown[settled], looked[settled]
+                found[path], settled = listing.images, settled + 1
+                if listing.problem:
+                    self.problems[path] = listing.problem
+                else:
+                    plan.settle(path, listing)
+        return found
+
+    def nothing(self) -> PackError:
+        """Says that there is nothing to prepare, and why."""
+        source = self.source
+        for path, reason in self.problems.items():
+            return PackError(f"nothing in root={source.root} can be used yet: {path}: {reason}")
+        others = f"there are {', '.join(source.other)}" if source.other else "it holds no image, tar, LMDB or video"
+        return NothingFitsError(f"root={source.root} holds nothing like {source.example} ({source.name}); {others}")
+
+    def unused(self, surveys: Mapping[Path, Survey]) -> Iterator[tuple[Path, Dropped]]:
+        """Every image whose bytes have come before, in the order of the shards."""
+        hashes = np.frombuffer(b"".join(survey.hashes for survey in surveys.values()), np.uint64).reshape(-1, 2)
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the first comes first
+        ordered, is_copy = hashes[order], np.zeros(len(order), bool)
+        is_copy[1:] = (ordered[1:] == ordered[:-1]).all(1) & ordered[1:].any(1)
+        originals = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
+        pairs = dict(zip(order[is_copy].tolist(), originals[is_copy].tolist(), strict=True))
+        named = np.unique([*pairs, *pairs.values()]).astype(np.int64)
+        keys, start = dict[int, str](), 0
+        rows = list[tuple[int, Path, int]]()
+        for tar, survey in surveys.items():
+            inside = named[np.searchsorted(named, start) : np.searchsorted(named, start + survey.images)].tolist()
+            shard = self.shard(tar) if inside else None
+            keys |= {number: shard.keys[number - start] for number in inside if shard}
+            rows += [(number, tar, number - start) for number in inside if number in pairs]
+            start += survey.images
+        for number, tar, place in rows:
+            yield tar, Dropped(keys[number], f"duplicate: of {keys[pairs[number]]}", tar.name, place=place)
+
+
+class Packing(ImagePreparation):
     """Packs the images of a set into tars of our own, `<set>-000000.tar`.
 
     Args:
@@ -60,10 +123,7 @@ class Packing(Preparation):
         """Plans the images that are not planned yet, and those that could not be used and have changed since."""
         terms = {"name": self.source.name, "samples_per_shard": self.samples_per_shard, "min_side": self.min_side}
         terms |= {"max_side": self.max_side, "quality": self.quality, "frame_step_s": self.source.frame_step_s}
-        plan = Plan(self.out / PLAN, terms)
-        self.again = plan.again
-        for tar in self.tars()[len(plan.shards) :]:
-            raise PackError(f"out={self.out} holds {tar.name}, which is not in its {PLAN}: name another folder as out")
+        plan = self.open_plan(terms)
         if plan.shards:
             for _, row in self.latest(self.surveys()):
                 if self._has_changed(row):
@@ -84,10 +144,9 @@ class Packing(Preparation):
             raise self.nothing()
         jobs: list[Job] = []
         for number, line in enumerate(plan.shards):
-            tar = self.out / f"{self.source.name}-{number:06d}.tar"
             if not (jobs and line.stream and line.stream == jobs[-1].stream):
                 jobs.append(Job([], [], [], line.stream))
-            jobs[-1].tars.append(tar)
+            jobs[-1].tars.append(self.tar(number))
             jobs[-1].images.append(line.images)
             jobs[-1].lines.append(line.offset)
         return jobs
@@ -99,7 +158,7 @@ class Packing(Preparation):
             if row.reason.startswith("unreadable"):
                 with open(path, "rb") as file:
                     return bool(file.read(1))
-            return isinstance(row.item, str) and row.bytes not in (-1, path.stat().st_size)
+            return isinstance(row.item, str) and row.stamp not in (-1, path.stat().st_size)
         except OSError:
             return False
 
@@ -166,24 +225,39 @@ class Packing(Preparation):
             decoded(data, reduce_to=1)
         return {suffix: data, "__row__": {"hash": content, "width": size[1], "height": size[0]}}
 
-    def is_mine(self, tar: Path) -> bool:
-        """Whether a tar is an image shard of this set, and not a teacher's labels."""
-        return re.fullmatch(rf"{re.escape(self.source.name)}-\d{{6,}}", tar.stem) is not None
 
-    def shard(self, tar: Path) -> Shard:
-        """Its index lies beside it."""
-        return Shard(tar)
+def measured(data: bytes, *, min_side: int) -> tuple[int, int]:
+    """(H, W) of an upright image, by its header.
 
-    def catalog(self, dropped: Mapping[str, Sequence[int]]) -> None:
-        """The tars lie beside it."""
-        write_catalog(self.out, name=self.source.name, dropped=dropped)
+    Raises:
+        DecodeError: no image, or too small.
+    """
+    try:
+        height, width = image_size(data)
+    except DecodeError as error:
+        raise DecodeError(f"undecodable: {error}") from error
+    if min(height, width) < min_side:
+        raise DecodeError(f"tiny: {width}x{height} pixels")
+    return height, width
+
+
+def decoded(data: bytes, *, reduce_to: int | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an image that decodes whole, as `read_image`; a reduced JPEG shows the same damage.
+
+    Raises:
+        DecodeError: it does not.
+    """
+    try:
+        return read_image(data, reduce_to=reduce_to)
+    except DecodeError as error:
+        raise DecodeError(f"undecodable: {error}") from error
 
 
 def _encoded(suffix: str, image: np.ndarray, *options: int) -> bytes:
     return cv2.imencode(suffix, image[..., ::-1], options)[1].tobytes()
 
 
-class Indexing(Preparation):
+class Indexing(ImagePreparation):
     """Indexes the tars of others where they are; `out` gets the catalog and an index for each tar.
 
     Args:

@@ -1,8 +1,8 @@
 """What packing and indexing share: work cut over processes and rivals, and the sums and lists at the end.
 
 A shard is a pure function of what was planned for it: it can be made at any time, by any of several rival jobs, and is
-never touched again once its index is there. Copies of one image, wherever they lie, are found by their hashes and
-marked in the catalog as not in use.
+never touched again once its index is there. What is there but not to be used, such as the second copy of an image, is
+marked in the catalog.
 """
 
 import csv
@@ -10,6 +10,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -26,14 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import cv2
-import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from depthany.data.claims import STALE_S, Claim, claim, holder
-from depthany.data.files import DecodeError, image_size, read_image
 from depthany.data.plan import Item, Plan
-from depthany.data.shards import Shard, ShardError, whole_file
-from depthany.data.sources.tree import ImageTree, Listing, NothingFitsError, PackError
+from depthany.data.shards import Shard, ShardError, whole_file, write_catalog
+from depthany.data.sources.tree import PackError
 
 PLAN, DROPPED = "plan.jsonl", "dropped.csv"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -56,7 +55,7 @@ class Dropped(NamedTuple):
     key: str
     reason: str  # its first word, up to ":", is the kind
     file: str
-    bytes: int = -1  # of the file as it was read; -1: it could not be
+    stamp: int = -1  # of its files as they were read: their size, or what else changes with them; -1: they could not be
     item: Item = ""  # in the plan
     place: int = -1  # in the tar, for one that is there but not used
 
@@ -65,7 +64,7 @@ class Survey(NamedTuple):
     """What is known of a shard that is there."""
 
     images: int
-    hashes: bytes  # 16 for each image; zeros for one that is not used
+    hashes: bytes  # 16 for each image; zeros for one that is not used or not compared
     dropped: list[Dropped]
     bytes: int  # of the tar
 
@@ -90,17 +89,19 @@ class Stopped(Exception):
 
 
 class Preparation:
-    """What packing and indexing share: work cut over processes and rivals; duplicates, lists and sums at the end.
+    """What packing and indexing share: work cut over processes and rivals; lists and sums at the end.
+
+    A kind gives `plan` and `write`, and `unused` where it has to. Its tars are its own and lie in the output folder,
+    unless it says otherwise with `shard`, `is_mine` and `catalog`.
 
     Args:
-        source: what is to be prepared.
+        name: of the set, with which the names of its tars begin.
         out: the folder of the set.
-        min_side: images with a shorter side are dropped, in pixels.
         workers: processes; None: one for each core.
     """
 
-    def __init__(self, *, source: ImageTree, out: Path, min_side: int, workers: int | None) -> None:
-        self.source, self.out, self.min_side = source, out, min_side
+    def __init__(self, *, name: str, out: Path, workers: int | None) -> None:
+        self.name, self.out = name, out
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.workers = workers or cores or 1
         self.problems: dict[str, str] = {}
@@ -112,7 +113,7 @@ class Preparation:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pool": None, "_bar": None, "_stop": None, "_known": {}}
 
-    # What the two kinds give
+    # What a kind gives
 
     def plan(self) -> list[Job]:
         """Finds what is to be prepared; one process at a time."""
@@ -127,17 +128,39 @@ class Preparation:
         """
         raise NotImplementedError
 
+    def unused(self, surveys: Mapping[Path, Survey]) -> Iterator[tuple[Path, Dropped]]:
+        """What is in the shards but not to be used, beyond what they say themselves."""
+        return iter(())
+
     def shard(self, tar: Path) -> Shard:
         """Opens a shard that is there."""
-        raise NotImplementedError
+        return Shard(tar)
 
     def is_mine(self, tar: Path) -> bool:
-        """Whether a tar with an index in the output folder is an image shard of this set."""
-        raise NotImplementedError
+        """Whether a tar with an index in the output folder is an image shard of this set, not a teacher's labels."""
+        return re.fullmatch(rf"{re.escape(self.name)}-\d{{6,}}", tar.stem) is not None
 
     def catalog(self, dropped: Mapping[str, Sequence[int]]) -> None:
         """Writes the catalog; `dropped` are the places in each tar that are not used."""
-        raise NotImplementedError
+        write_catalog(self.out, name=self.name, dropped=dropped)
+
+    # What a kind uses
+
+    def open_plan(self, terms: Mapping[str, Any]) -> Plan:
+        """The plan of this set's own shards; `terms` decide on their bytes.
+
+        Raises:
+            PackError: it was made on other terms, or a shard is there that it does not know.
+        """
+        plan = Plan(self.out / PLAN, terms)
+        self.again = plan.again
+        for tar in self.tars()[len(plan.shards) :]:
+            raise PackError(f"out={self.out} holds {tar.name}, which is not in its {PLAN}: name another folder as out")
+        return plan
+
+    def tar(self, number: int) -> Path:
+        """Where a shard of the plan goes."""
+        return self.out / f"{self.name}-{number:06d}.tar"
 
     # The run
 
@@ -165,7 +188,7 @@ class Preparation:
                 surveys = self.surveys()
                 dropped = self._conclude(surveys)
         return Summary(
-            name=self.source.name,
+            name=self.name,
             out=self.out,
             images=sum(survey.images for survey in surveys.values()) - sum(row.place >= 0 for row in dropped),
             shards=len(surveys),
@@ -238,7 +261,7 @@ class Preparation:
             yield from ((pending.pop(future), future.result()) for future in done)
             yield None
 
-    def _all(self, method: str, arguments: Sequence[Any], note: str) -> Iterator[tuple[int, Any]]:
+    def all_of(self, method: str, arguments: Sequence[Any], note: str) -> Iterator[tuple[int, Any]]:
         """(number of the argument, result) in any order, with a bar."""
         task = self._bar.add_task(note, total=len(arguments), unit="")
         if len(arguments) >= WORTH[method]:
@@ -249,37 +272,8 @@ class Preparation:
                 yield done
         self._bar.remove_task(task)
 
-    def look(self, path: str) -> Listing:
-        """Looks into a container."""
-        return self.source.look(path)
-
-    def listings(self, plan: Plan, paths: Sequence[str]) -> dict[str, int]:
-        """The images in each of some containers; those that are known and unchanged are not opened."""
-        unknown = [path for path in paths if not plan.is_settled(path, self.source.root / path)]
-        found = {path: plan.containers[path][2] for path in paths if path not in set(unknown)}
-        looked: dict[int, Listing] = {}
-        settled = 0
-        for number, listing in self._all("look", unknown, "looking into archives"):
-            looked[number] = listing
-            while settled in looked:  # in the order of the files, whoever is faster
-                path, listing = unknown[settled], looked[settled]
-                found[path], settled = listing.images, settled + 1
-                if listing.problem:
-                    self.problems[path] = listing.problem
-                else:
-                    plan.settle(path, listing)
-        return found
-
-    def nothing(self) -> PackError:
-        """Says that there is nothing to prepare, and why."""
-        source = self.source
-        for path, reason in self.problems.items():
-            return PackError(f"nothing in root={source.root} can be used yet: {path}: {reason}")
-        others = f"there are {', '.join(source.other)}" if source.other else "it holds no image, tar, LMDB or video"
-        return NothingFitsError(f"root={source.root} holds nothing like {source.example} ({source.name}); {others}")
-
     def _make_all(self, jobs: Sequence[Job]) -> int:
-        made, note = 0, f"packing {self.source.name}"
+        made, note = 0, f"packing {self.name}"
         task = self._bar.add_task(note, total=sum(sum(job.images) for job in jobs), unit="images")
         self._bar.start()
         missing = self._missing(jobs)
@@ -348,7 +342,7 @@ class Preparation:
         """What is known of the shards that are there, in their order."""
         tars = self.tars()
         new = [tar for tar in tars if tar not in self._known]
-        self._known |= {new[number]: survey for number, survey in self._all("survey", new, "counting")}
+        self._known |= {new[number]: survey for number, survey in self.all_of("survey", new, "counting")}
         return {tar: self._known[tar] for tar in tars}
 
     def survey(self, tar: Path) -> Survey:
@@ -372,7 +366,7 @@ class Preparation:
 
     def _conclude(self, surveys: Mapping[Path, Survey]) -> list[Dropped]:
         """Writes the catalog and the list of what is dropped."""
-        dropped = [*self.latest(surveys), *self._copies(surveys)]
+        dropped = [*self.latest(surveys), *self.unused(surveys)]
         places: dict[str, list[int]] = {}
         for tar, row in dropped:
             if row.place >= 0:
@@ -384,53 +378,6 @@ class Preparation:
             table.writerows((row.key, row.file, row.reason) for _, row in dropped)
             table.writerows(("", file, reason) for file, reason in self.problems.items())
         return [row for _, row in dropped]
-
-    def _copies(self, surveys: Mapping[Path, Survey]) -> Iterator[tuple[Path, Dropped]]:
-        """Every image whose bytes have come before, in the order of the shards."""
-        hashes = np.frombuffer(b"".join(survey.hashes for survey in surveys.values()), np.uint64).reshape(-1, 2)
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the first comes first
-        ordered, is_copy = hashes[order], np.zeros(len(order), bool)
-        is_copy[1:] = (ordered[1:] == ordered[:-1]).all(1) & ordered[1:].any(1)
-        originals = order[np.maximum.accumulate(np.where(is_copy, 0, np.arange(len(order))))]
-        pairs = dict(zip(order[is_copy].tolist(), originals[is_copy].tolist(), strict=True))
-        named = np.unique([*pairs, *pairs.values()]).astype(np.int64)
-        keys, start = dict[int, str](), 0
-        rows = list[tuple[int, Path, int]]()
-        for tar, survey in surveys.items():
-            inside = named[np.searchsorted(named, start) : np.searchsorted(named, start + survey.images)].tolist()
-            shard = self.shard(tar) if inside else None
-            keys |= {number: shard.keys[number - start] for number in inside if shard}
-            rows += [(number, tar, number - start) for number in inside if number in pairs]
-            start += survey.images
-        for number, tar, place in rows:
-            yield tar, Dropped(keys[number], f"duplicate: of {keys[pairs[number]]}", tar.name, place=place)
-
-
-def measured(data: bytes, *, min_side: int) -> tuple[int, int]:
-    """(H, W) of an upright image, by its header.
-
-    Raises:
-        DecodeError: no image, or too small.
-    """
-    try:
-        height, width = image_size(data)
-    except DecodeError as error:
-        raise DecodeError(f"undecodable: {error}") from error
-    if min(height, width) < min_side:
-        raise DecodeError(f"tiny: {width}x{height} pixels")
-    return height, width
-
-
-def decoded(data: bytes, *, reduce_to: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of an image that decodes whole, as `read_image`; a reduced JPEG shows the same damage.
-
-    Raises:
-        DecodeError: it does not.
-    """
-    try:
-        return read_image(data, reduce_to=reduce_to)
-    except DecodeError as error:
-        raise DecodeError(f"undecodable: {error}") from error
 
 
 def _text(path: Path) -> TextIO:

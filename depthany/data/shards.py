@@ -31,8 +31,8 @@ from depthany.data import storage
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+=@/-]{0,199}")
 TAR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\.tar")
-SUFFIXES = {"jpg", "png", "webp", "json", "disparity.png", "disparity.npy", "disparity.npz"}
-IMAGE_SUFFIXES = ("jpg", "png", "webp")
+SUFFIXES = {"jpg", "png", "webp", "ppm", "json", "disparity.png", "disparity.npy", "disparity.npz"}
+IMAGE_SUFFIXES = ("jpg", "png", "webp", "ppm")
 CATALOG = "shards.json"
 CATALOG_VERSION = 1
 INDEX_VERSION = 2

@@ -19,7 +19,7 @@ from depthany.data.labels import has_label
 from depthany.data.shards import ShardError
 from depthany.data.sources.packed import Packable, Shards
 from depthany.report.audit_page import Group, Picture, write_audit_page
-from depthany.runs.info import read_cards
+from depthany.runs.cards import read_cards
 from depthany.types import DepthKind
 
 COMPARED = 256  # samples of a dataset whose edges are compared with each other

@@ -19,6 +19,7 @@ from depthany.data.files import read_image
 from depthany.data.labels import LabelPlan, decode_label, encode_pseudo, half
 from depthany.data.module import DepthData, Mix, Source
 from depthany.data.shards import IMAGE_SUFFIXES, Shard, write_shard
+from depthany.data.sources.labelled import Labelled
 from depthany.data.sources.packed import Packed, Shards
 from depthany.inference.predictor import Predictor
 from depthany.optim.plan import OptimPlan
@@ -236,9 +237,11 @@ def hold(source: Source, *, count: int, number: int, folder: Path) -> Held:
     Raises:
         ValueError: nothing can be read.
     """
+    source = source.reader if isinstance(source, Labelled) else source
     shards = source if isinstance(source, Shards) and not isinstance(source, Packed) else None
     if shards is None:
-        spread = Spread(getattr(source, "source", source), count, number)
+        original = getattr(source, "source", source)
+        spread = Spread(original, min(count, len(original)), number)
         short_side = getattr(source, "short_side", None)
         shards = Packed(source=spread, root=str(folder), samples_per_shard=len(spread), short_side=short_side)
         shards.prepare()

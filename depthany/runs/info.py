@@ -1,18 +1,15 @@
 """What a checkpoint is: stage, model, order, progress, teacher, data and their licences, software."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from depthany.callbacks.record import read_record
-from depthany.config.launch import config_dir
 from depthany.models.depth_model import DepthModel
 from depthany.models.layouts import OFFICIAL
 from depthany.models.weights import read_metadata, weights_hash
+from depthany.runs.cards import find_card, read_cards
 from depthany.runs.find import find_weights, open_weights, run_config
 
 Info = dict[str, Any]  # section -> name -> value; "data" is a list of such mappings
@@ -108,6 +105,7 @@ def _model(model: DepthModel) -> dict[str, Any]:
         "patch size": model.patch_size,
         "position rule": config["pos_embed"],
         "activation": config["activation"],
+        "output": "disparity" if model.max_depth is None else f"depth in metres, up to {model.max_depth:g}",
     }
 
 
@@ -184,26 +182,6 @@ def _data(config: Mapping[str, Any], whose: str) -> Iterator[dict[str, Any]]:
             card = find_card(cards, [name, str(key), *(CARD_OF.get(m, m) for m in module)])
             told = {k: card.get(k) for k in ("title", "licence", "commercial")} if card else {"licence": "no card"}
             yield {"part": whose + part, "set": name, **told}
-
-
-def read_cards() -> dict[str, dict[str, Any]]:
-    """The cards of data_manifests by their names."""
-    cards: dict[str, dict[str, Any]] = {}
-    for file in (config_dir().parent / "data_manifests").glob("*.yaml"):
-        card: Any = OmegaConf.to_container(OmegaConf.load(file))
-        cards[str(card["name"])] = card
-    return cards
-
-
-def find_card(cards: Mapping[str, dict[str, Any]], names: list[str]) -> dict[str, Any] | None:
-    """The card of the first name that has one: its own, or that of its beginning (bdd100k_frames: bdd100k)."""
-    by_letters = {re.sub(r"[^a-z0-9]", "", name.lower()): card for name, card in cards.items()}
-    for name in names:
-        parts = re.findall(r"[a-z0-9]+", name.lower())
-        for length in range(len(parts), 0, -1):
-            if card := by_letters.get("".join(parts[:length])):
-                return card
-    return None
 
 
 def table(info: Info) -> str:

@@ -24,7 +24,7 @@ from depthany.callbacks.record import read_record
 from depthany.config.build import build
 from depthany.config.check import ConfigError
 from depthany.data.labels import LabelPlan, encode_pseudo, half
-from depthany.data.module import DepthData, Mix, Source, chunks_of
+from depthany.data.module import DepthData, Mix, Source, images_per_epoch
 from depthany.data.order import global_batch, share_of
 from depthany.data.sources.packed import ANY, Packed, Shards
 from depthany.data.sources.scenes import Scenes
@@ -183,23 +183,26 @@ def check_sources(
                 continue
             try:
                 source = built[group][name] = build(node)
+                if getattr(source, "weight", 1.0) == 0:
+                    continue
                 if isinstance(source, Shards):
-                    source.limit = limit
                     source.teacher = labels_of if group == "unlabelled" else None
+                if hasattr(source, "limit"):
+                    source.limit = limit
                 if isinstance(source, Packed) and not (source.teacher and source.folder.exists()):
                     source.source.prepare()  # what it packs has to be there; packing is the run's business
-                    number = len(source.source)
+                    number = len(source.source) if limit is None else min(len(source.source), limit)
                     if source.teacher:
                         raise ValueError("not packed yet, so without stored labels: python -m depthany.pseudo_label")
                 else:
                     if not isinstance(source, Packed):
                         source.prepare()
-                    if isinstance(source, Shards):
+                    if hasattr(source, "open"):
                         source.open()
-                    number = sum(chunks_of(source, None))
+                    number = images_per_epoch(source, limit)
                 if not number:
                     raise ValueError("no images")
-                counts[f"{group}.{name}"] = number if limit is None else min(number, limit)
+                counts[f"{group}.{name}"] = number
             except (ValueError, OSError) as error:
                 findings.append(Finding("FAIL", "sources", f"data.{group}.{name}: {_line(error)}"))
     there = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -496,7 +499,7 @@ class Preflight:
         try:
             spec, runs = self.cfg.task.teacher_ckpt, Path(self.cfg.paths.runs)
             path = find_weights(spec, runs, stage="teacher", data=self.data.name, debug=self.debug)
-            teacher, _ = open_weights(path)
+            teacher, _ = open_weights(path, relative=True)
         except ConfigError as error:
             self.say(Finding("FAIL", "teacher", f"{error}. The student's own model with random weights stands in"))
             return None

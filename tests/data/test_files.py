@@ -15,8 +15,9 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
-from depthany.data.files import EXIF_ORIENTATION, DecodeError, decode_depth, read_depth, read_image
+from depthany.data.files import DecodeError, decode_depth, read_depth, read_image
 from depthany.data.sources.photos import PhotoFolder
+from depthany.geometry.pictures import EXIF_ORIENTATION
 
 RNG = np.random.default_rng(0)
 DEPTH = RNG.integers(0, 65536, (5, 7), dtype=np.uint16)  # no two rows alike: a missing flip shows

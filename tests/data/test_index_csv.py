@@ -116,7 +116,7 @@ def test_datasets_can_be_chosen(real_root: Path) -> None:
     rest = IndexCsv(root=real_root, index="index.csv", include=(), exclude=["nyuv2", "redwood"], name="rest")
     assert len(chosen) + len(rest) == 80
     with pytest.raises(ValueError, match="nyu_v2"):
-        source(real_root, "nyu_v2")
+        source(real_root, "nyu_v2").prepare()
 
 
 def written(folder: Path, *rows: str, header: str = HEADER) -> IndexCsv:
@@ -179,17 +179,17 @@ def test_unknown_offset_makes_a_disparity_affine(tmp_path: Path) -> None:
 )
 def test_a_wrong_row_is_named(tmp_path: Path, row: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
-        written(tmp_path, "a.png,d.npy,x,depth,1,0,,,,,,", row)
+        written(tmp_path, "a.png,d.npy,x,depth,1,0,,,,,,", row).check()
     assert "mine.csv, row 3" in str(caught.value)
 
 
 def test_a_wrong_index_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.csv is missing"):
-        IndexCsv(root=tmp_path, index="none.csv", include=(), exclude=(), name="x")
+        IndexCsv(root=tmp_path, index="none.csv", include=(), exclude=(), name="x").check()
     with pytest.raises(ValueError, match="no column invalid"):
-        written(tmp_path, header=HEADER.replace("invalid,", ""))
+        written(tmp_path, header=HEADER.replace("invalid,", "")).check()
     with pytest.raises(ValueError, match="no rows"):
-        written(tmp_path)
+        written(tmp_path).check()
     pairs = written(tmp_path, "a.png,d.npy,x,depth,1,0,,,,,,")
     with pytest.raises(ValueError, match=r"2 of 2 files are missing, first .*a\.png"):
         pairs.prepare()

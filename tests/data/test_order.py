@@ -5,7 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from depthany.data.order import CursorBatches, EpochOrder, Spot, global_batch, share_of
+from depthany.data.order import CursorBatches, EpochOrder, Spot, global_batch, share_of, used_of
 
 COUNTS = [[1], [7], [1] * 9, [5, 3, 8, 1, 1, 4], [100, 100, 37], [0, 4, 0, 6, 0], [2] * 40]
 RATIOS = [(1, 0), (0, 1), (1, 2), (1, 1), (2, 1), (3, 5)]
@@ -174,3 +174,37 @@ def test_padding_has_weight_zero_and_a_real_position() -> None:
         [(0, True), (1, True)],
         [(2, True), (0, False)],
     ]
+
+
+@pytest.mark.parametrize("counts", [[5, 3, 0, 8, 1], [1], [9, 40]], ids=str)
+def test_sources_of_weight_one_change_no_position(counts: list[int]) -> None:
+    plain = EpochOrder(counts=counts, seed=3, window=2)
+    weighted = EpochOrder(counts=counts, seed=3, window=2, weights=[(1, 1.0), (len(counts) - 1, 1)])
+    assert [plain[i] for i in range(3 * len(plain))] == [weighted[i] for i in range(3 * len(plain))]
+
+
+@pytest.mark.parametrize("weight", [0, 0.001, 0.1, 1 / 3, 0.5, 0.999, 1.75, 2, 2.5, 3])
+def test_a_weighted_source_uses_its_images_alike(weight: float) -> None:
+    """After any number of epochs no image of it was used more than once more often than another."""
+    counts = [4, 4, 5, 3, 0, 8, 1]  # two chunks of a source of weight 1, five of the weighted one
+    order = EpochOrder(counts=counts, seed=1, window=3, weights=[(2, 1.0), (5, weight)])
+    each = used_of(17, weight)
+    assert len(order) == 8 + each and abs(each - 17 * weight) <= (1 if weight < 0.1 else 0.5)
+    images = [[(chunk, i) for chunk in chunks for i in range(counts[chunk])] for chunks in (range(2), range(2, 7))]
+    used: Counter[tuple[int, int]] = Counter()
+    for epoch in range(34):
+        seen = [order[epoch * len(order) + i] for i in range(len(order))]
+        assert set(seen) <= {*images[0], *images[1]}
+        used.update(seen)
+        assert {used[image] for image in images[0]} == {epoch + 1}
+        times = [used[image] for image in images[1]]
+        assert sum(times) == each * (epoch + 1) and max(times) - min(times) <= 1
+    assert len(set(times)) == 1  # 34 epochs are twice the 17 images
+    asked = EpochOrder(counts=counts, seed=1, window=3, weights=[(2, 1.0), (5, weight)])
+    assert [asked[i] for i in reversed(range(len(seen)))] == [order[i] for i in reversed(range(len(seen)))]
+
+
+def test_the_kept_images_lie_evenly_over_a_source() -> None:
+    """Every second frame, not the first half of the scenes."""
+    order = EpochOrder(counts=[10] * 6, seed=0, window=2, weights=[(6, 0.5)])
+    assert Counter(order[i][0] for i in range(30)) == dict.fromkeys(range(6), 5)

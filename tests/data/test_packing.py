@@ -23,8 +23,8 @@ from depthany.config.build import build
 from depthany.config.check import check
 from depthany.config.launch import compose
 from depthany.data.files import read_image
-from depthany.data.packing import Indexing, Packing
-from depthany.data.preparation import PLAN, decoded
+from depthany.data.packing import Indexing, Packing, decoded
+from depthany.data.preparation import PLAN
 from depthany.data.shards import Shard, ShardError, read_catalog
 from depthany.data.sources.packed import Shards
 from depthany.data.sources.tree import ForeignTars, ImageTree, PackError
@@ -76,7 +76,7 @@ def test_every_set_in_its_original_form(name: str, tmp_path: Path) -> None:
     options = [f"root={tmp_path / 'raw'}", f"out={tmp_path / 'out'}", "samples_per_shard=3", "min_side=16", "workers=1"]
     cfg = compose("prepare", [f"unlabelled={name}", *options])
     check(cfg)
-    from depthany.runs.unlabelled import open_set
+    from depthany.runs.preparing import open_set
 
     summary = open_set(cfg, build(cfg.unlabelled)).run()
     assert members(tmp_path / "out") == keys

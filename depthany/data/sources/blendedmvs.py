@@ -21,6 +21,8 @@ class BlendedMvs(Raw):
         name: of the source, the first part of every key.
         root: the folder with the scenes; those of all three releases may lie together.
         split: all, or the split of the first release: its 7 validation scenes, or every other scene.
+        sky_masks: masks of the sky, which the labels do not know: a folder, or "beside": `<root>/.depthany/sky`, where
+            `python -m depthany.sky` puts them; null: none.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
     """
 
@@ -41,8 +43,16 @@ class BlendedMvs(Raw):
         }
     )
 
-    def __init__(self, *, name: str, root: str, split: Literal["all", "train", "val"], index_root: str | None) -> None:
-        super().__init__(name=name, root=root, split=split, index_root=index_root)
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str,
+        split: Literal["all", "train", "val"],
+        sky_masks: str | None,
+        index_root: str | None,
+    ) -> None:
+        super().__init__(name=name, root=root, split=split, index_root=index_root, sky_masks=sky_masks)
 
     def scan(self) -> Iterator[Row]:
         """Pairs the frames of every scene by their eight digits."""

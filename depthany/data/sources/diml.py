@@ -90,6 +90,8 @@ class DimlOutdoor(_Diml):
         root: the folder with the drives, or one above; HR and LR hold the same frames, so give one of them.
         split: all; there is no official split: val is the drive 170721_C0, train the others.
         min_confidence: pixels count above it, in [0, 1]. 0.6 in nndepth, 0.9 in the authors' technical report.
+        sky_masks: masks of the sky, which the labels do not know: a folder, or "beside": `<root>/.depthany/sky`, where
+            `python -m depthany.sky` puts them; null: none.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
     """
 
@@ -105,9 +107,10 @@ class DimlOutdoor(_Diml):
         root: str,
         split: Literal["all", "train", "val"],
         min_confidence: float,
+        sky_masks: str | None,
         index_root: str | None,
     ) -> None:
-        super().__init__(name=name, root=root, split=split, index_root=index_root)
+        super().__init__(name=name, root=root, split=split, index_root=index_root, sky_masks=sky_masks)
         if not 0 <= min_confidence < 1:
             raise ValueError(f"source {name}: min_confidence={min_confidence}; give a number from 0 to below 1")
         self.options = {"min_confidence": min_confidence}

@@ -34,10 +34,12 @@ class FolderPair(Raw):
         encoding: the format of the labels; every file of the folder is then taken for one. null: told from each file's
             first bytes.
         array: which EXR channel, or which array of an NPZ or HDF5 file, where one holds several; null: the only one.
+        sky_masks: masks of the sky, which the labels do not know: a folder, or "beside": `<root>/.depthany/sky`, where
+            `python -m depthany.sky` puts them; null: none.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
 
     Raises:
-        ValueError: a folder is missing, or the options contradict each other.
+        ValueError: the options contradict each other.
     """
 
     dataset: ClassVar[str] = "folder_pair"
@@ -59,12 +61,10 @@ class FolderPair(Raw):
         centre_px: Sequence[float] | None,
         encoding: Literal["png", "pgm", "tiff", "npy", "npz", "exr", "pfm", "hdf5"] | None,
         array: str | None,
+        sky_masks: str | None,
         index_root: str | None,
     ) -> None:
-        super().__init__(name=name, root=root, split="all", index_root=index_root)
-        for option, folder in (("images", images), ("depth", depth)):
-            if not (self.root / folder).is_dir():
-                raise ValueError(f"source {name}: {self.root / folder} is no folder: correct `root` or `{option}`")
+        super().__init__(name=name, root=root, split="all", index_root=index_root, sky_masks=sky_masks)
         if (quantity == "distance") != (focal_px is not None):
             raise ValueError(f"source {name}: give focal_px with quantity=distance, and only there")
         if sky_above is not None and quantity == "disparity":
@@ -77,7 +77,14 @@ class FolderPair(Raw):
         scaled = DepthKind.SCALE if quantity == "disparity" else DepthKind.METRIC
         self.kind = unscaled if scale is None else scaled
         meaning = [quantity, scale, self.invalid, sky, sky_above, focal_px, centre_px, encoding, array]
-        self.options = {"images": images, "depth": depth, "labels": [str(value) for value in meaning]}
+        self.options = {"images": images, "depth": depth, "labels": [str(float(value) if isinstance(value, int) else value) for value in meaning]}
+
+    def check(self) -> None:
+        """Also the two folders."""
+        super().check()
+        for option, folder in (("images", self.images), ("depth", self.depth)):
+            if not (self.root / folder).is_dir():
+                raise ValueError(f"source {self.name}: {self.root / folder} is no folder: correct `root` or `{option}`")
 
     def scan(self) -> Iterator[Row]:
         """Matches the paths below the two folders without their suffixes."""

@@ -21,6 +21,8 @@ class Hrwsi(Raw):
         name: of the source, the first part of every key.
         root: the folder that holds `train` and `val`.
         split: train (20,378 images), val (400) or all.
+        sky_masks: masks of the sky, which the labels do not know: a folder, or "beside": `<root>/.depthany/sky`, where
+            `python -m depthany.sky` puts them; null: none.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
     """
 
@@ -32,8 +34,16 @@ class Hrwsi(Raw):
     kind: ClassVar[DepthKind] = DepthKind.AFFINE
     factor: ClassVar[float] = 1.0
 
-    def __init__(self, *, name: str, root: str, split: Literal["train", "val", "all"], index_root: str | None) -> None:
-        super().__init__(name=name, root=root, split=split, index_root=index_root)
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str,
+        split: Literal["train", "val", "all"],
+        sky_masks: str | None,
+        index_root: str | None,
+    ) -> None:
+        super().__init__(name=name, root=root, split=split, index_root=index_root, sky_masks=sky_masks)
 
     def scan(self) -> Iterator[Row]:
         """Matches images, labels and masks by stem."""

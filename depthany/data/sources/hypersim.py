@@ -70,14 +70,21 @@ class Hypersim(Raw):
         if metadata is None and split != "all":
             raise ValueError(f"source {name}: split={split} needs {SPLITS}: set `metadata` to its folder, or split=all")
         self.metadata = None if metadata is None else Path(metadata)
-        digest = hashlib.sha256()
+        self.options = {"image": image, "exclude": sorted(exclude)}
+
+    def check(self) -> None:
+        """Also the metadata."""
+        super().check()
         for file in (self.metadata / CAMERAS, self.metadata / SPLITS) if self.metadata else ():
             if not file.is_file():
                 raise ValueError(
-                    f"source {name}: {file} is missing: copy it from apple/ml-hypersim, or set metadata=null"
+                    f"source {self.name}: {file} is missing: copy it from apple/ml-hypersim, or set metadata=null"
                 )
-            digest.update(file.read_bytes())
-        self.options = {"image": image, "metadata": digest.hexdigest(), "exclude": sorted(exclude)}
+
+    def contents(self) -> dict[str, Any]:
+        """The metadata."""
+        files = (self.metadata / CAMERAS, self.metadata / SPLITS) if self.metadata else ()
+        return {"metadata": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()}
 
     def scan(self) -> Iterator[Row]:
         """Matches image and label by scene, camera and frame, and gives each its camera."""

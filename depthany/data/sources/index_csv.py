@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from depthany.data.files import DecodeError, read_depth, read_image, sample_key
+from depthany.data.sources.raw import Row
 from depthany.geometry.cameras import ray_norms
 from depthany.geometry.disparity import to_disparity
 from depthany.types import DepthKind, DepthSample, Quantity
@@ -82,7 +84,7 @@ class IndexCsv:
         exclude: Sequence[str],
         name: str,
     ) -> None:
-        """Read and check the index; no image is opened.
+        """No file is touched: `check` reads the index, or whatever asks first.
 
         Args:
             root: folder of the index; its paths start here.
@@ -90,15 +92,24 @@ class IndexCsv:
             include: values of the column `dataset` to keep; empty: all.
             exclude: values of the column `dataset` to drop.
             name: of the source.
-
-        Raises:
-            ValueError: the file, row and column that is wrong, and the way out.
         """
         self.name = name
         self.root = Path(root)
         self.index = self.root / index
+        self.include, self.exclude = include, exclude
+
+    def check(self) -> None:
+        """Reads and checks the index; no image is opened.
+
+        Raises:
+            ValueError: the file, row and column that is wrong, and the way out.
+        """
+        len(self)
+
+    @cached_property
+    def _rows(self) -> list[_Row]:
         if not self.index.is_file():
-            raise ValueError(f"source {name}: {self.index} is missing: correct `root` or `index`")
+            raise ValueError(f"source {self.name}: {self.index} is missing: correct `root` or `index`")
         with self.index.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or ()
@@ -107,16 +118,16 @@ class IndexCsv:
                 raise ValueError(f"{self.index}: no column {', '.join(missing)}: add it to the header line")
             cells = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
         datasets = {row["dataset"] for _, row in cells}
-        unknown = sorted({*include, *exclude} - datasets)
+        unknown = sorted({*self.include, *self.exclude} - datasets)
         if unknown:
             raise ValueError(
                 f"{self.index}: no row has dataset {', '.join(unknown)}; there are "
                 f"{', '.join(sorted(datasets))}: correct `include` or `exclude`"
             )
-        self._rows: list[_Row] = []
+        rows: list[_Row] = []
         seen: dict[str, int] = {}
         for line, row in cells:
-            if row["dataset"] in exclude or (include and row["dataset"] not in include):
+            if row["dataset"] in self.exclude or (self.include and row["dataset"] not in self.include):
                 continue
             try:
                 parsed = _parse(row, self.root)
@@ -125,9 +136,10 @@ class IndexCsv:
             except ValueError as err:
                 raise ValueError(f"{self.index}, row {line}: {err}") from err
             seen[parsed.key] = line
-            self._rows.append(parsed)
-        if not self._rows:
+            rows.append(parsed)
+        if not rows:
             raise ValueError(f"{self.index}: no rows are left: add some or change `include`")
+        return rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,6 +147,20 @@ class IndexCsv:
     def key(self, index: int) -> str:
         """`<dataset>/<path of the image>`, unique."""
         return self._rows[index].key
+
+    def row(self, index: int) -> Row:
+        """The sample's files, and what its line says of them."""
+        row = self._rows[index]
+        said = row._asdict() | {"invalid": [str(code) for code in row.invalid]}  # NaN is no JSON
+        extra: dict[str, Any] = {name: value for name, value in said.items() if name not in ("image", "depth", "key")}
+        calibration = _calibration(row.depth)
+        if row.quantity is Quantity.DISPARITY and (self.root / calibration).is_file():
+            return Row(row.key, str(row.image), str(row.depth), {"line": extra, "calibration": f"./{calibration}"})
+        return Row(row.key, str(row.image), str(row.depth), {"line": extra})
+
+    def data(self, index: int) -> bytes:
+        """The original bytes of the image."""
+        return (self.root / self._rows[index].image).read_bytes()
 
     def group(self, index: int) -> str:
         """The column `dataset`, to split by."""

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -25,7 +25,7 @@ class Matched(Raw):
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
 
     Raises:
-        ValueError: no such folder, split or list.
+        ValueError: no such split.
     """
 
     parts: Mapping[str, str]  # how the paths of "image", "label" and further files end; the groups name the sample
@@ -34,10 +34,19 @@ class Matched(Raw):
     def __init__(self, *, name: str, root: str, split: str, files: str | None, index_root: str | None) -> None:
         super().__init__(name=name, root=root, split=split, index_root=index_root)
         self.files = None if files is None else Path(files)
+        self.options = {"files": None}
+
+    def check(self) -> None:
+        """Also the list of frames."""
+        super().check()
         if self.files and not self.files.is_file():
-            raise ValueError(f"source {name}: files={files} is no file; give the list of frames, or null for all")
-        digest = hashlib.sha256(self.files.read_bytes()).hexdigest() if self.files else None
-        self.options = {"files": digest}
+            raise ValueError(
+                f"source {self.name}: files={self.files} is no file; give the list of frames, or null for all"
+            )
+
+    def contents(self) -> dict[str, Any]:
+        """The list of frames."""
+        return {"files": hashlib.sha256(self.files.read_bytes()).hexdigest()} if self.files else {}
 
     def scan(self) -> Iterator[Row]:
         """Matches the files; further ones are in `extra` by the name of their part."""

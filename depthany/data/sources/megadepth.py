@@ -35,6 +35,8 @@ class MegaDepth(Raw):
         split: all, or as dust3r has it: val is scenes 0015 and 0022, train the others.
         percentiles: depths below the first and above the second percentile are invalid, as in the authors' loader
             (1 and 98) against outliers; null: none.
+        sky_masks: masks of the sky, which the labels do not know: a folder, or "beside": `<root>/.depthany/sky`, where
+            `python -m depthany.sky` puts them; null: none.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
     """
 
@@ -52,9 +54,10 @@ class MegaDepth(Raw):
         root: str,
         split: Literal["all", "train", "val"],
         percentiles: Sequence[float] | None,
+        sky_masks: str | None,
         index_root: str | None,
     ) -> None:
-        super().__init__(name=name, root=root, split=split, index_root=index_root)
+        super().__init__(name=name, root=root, split=split, index_root=index_root, sky_masks=sky_masks)
         if percentiles is not None and not (len(percentiles) == 2 and 0 <= percentiles[0] < percentiles[1] <= 100):
             raise ValueError(
                 f"source {name}: percentiles={percentiles}; give two rising numbers from 0 to 100, or null"

@@ -41,6 +41,7 @@ from depthany.types import DepthSample, ImageSample, Skip
 
 ANY = "any"
 WAIT_S = 0.5
+NO_SHARDS = "no shards <set>-000000.tar with an index in {}: python -m depthany.prepare makes them"
 
 
 class Packable(Protocol):
@@ -135,15 +136,25 @@ class Shards:
 
     # Finding and opening
 
+    def check(self) -> None:
+        """Looks whether there is a folder; a URL is asked when the set is prepared.
+
+        Raises:
+            ShardError: there is none.
+        """
+        if not self._is_remote[0] and not os.path.isdir(self.root):
+            raise ShardError(f"{self.name}: {NO_SHARDS.format(self.root)}")
+
     def prepare(self) -> None:
         """Makes the catalog of a folder where it is missing, or where shards have come that it does not list.
 
         Raises:
             ShardError: there are no shards, or an index is damaged or old.
         """
+        self.check()
         catalog = read_catalog(self.root) if self._is_remote[0] else self._local_catalog()
         if not len(catalog):
-            raise ShardError(f"{self.name}: no shards <set>-000000.tar with an index in {self.root}")
+            raise ShardError(f"{self.name}: {NO_SHARDS.format(self.root)}")
 
     def _local_catalog(self) -> Catalog:
         folder = Path(self.root)
@@ -261,6 +272,11 @@ class Shards:
     def chunks(self) -> list[int]:
         """Images in use of each shard."""
         return self._counts.tolist()
+
+    @property
+    def factor(self) -> float | None:
+        """Numerator of the disparity, as the first shard says; None where it does not."""
+        return self.shard(0).facts.get("factor") if self.num_shards else None
 
     @property
     def num_shards(self) -> int:
@@ -483,6 +499,20 @@ class Packed(Shards):
         identity = json.dumps([source.identity(), samples_per_shard, short_side], sort_keys=True, default=str)
         self.folder = Path(root) / f"{source.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         super().__init__(name=source.name, root=str(self.folder))
+
+    @property
+    def factor(self) -> float | None:
+        """Numerator of the disparity."""
+        return getattr(self.source, "factor", None)
+
+    def check(self) -> None:
+        """Looks whether there is what is to be packed.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if hasattr(self.source, "check"):
+            self.source.check()
 
     @property
     def tars(self) -> list[Path]:

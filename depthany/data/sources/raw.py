@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
@@ -23,11 +25,14 @@ from torch import Tensor
 from depthany.data.files import DecodeError, decode_depth, read_image, sample_key
 from depthany.data.labels import Label
 from depthany.geometry.disparity import to_disparity
+from depthany.geometry.resize import resize_label
 from depthany.types import DepthKind, DepthSample, Quantity, Skip
 
 VERSION = 1  # of the stored list
 SETTLED_NS = 20_000_000  # clocks of file systems tick every few milliseconds
 RANGE = 1000  # rows checked by one thread at a time
+SKY_FOLDER = ".depthany/sky"  # of the masks that `sky_masks=beside` means, below the root
+SKY_NOTE = "sky.json"  # among the masks: what made them
 
 
 class Row(NamedTuple):
@@ -70,29 +75,34 @@ class Raw:
     """Base of the readers of datasets in their authors' own files.
 
     A reader sets `dataset`, `layout` and `splits` and gives `scan` and `label`. An option that changes what is read
-    goes into `self.options` as well: lists and packed copies made with other options are then not reused.
+    goes into `self.options` as well: lists and packed copies made with other options are then not reused. The
+    constructor touches no file: `check` looks at what it was given, when the source is first used.
 
     Args:
         name: of the source, the first part of every key.
         root: the folder of the dataset, as its authors publish it.
         split: one of `splits`.
         index_root: folder for the list of samples, where `root` is read-only; null: `<root>/.depthany`.
+        sky_masks: of readers that offer it: masks of the sky, a folder or "beside": `<root>/.depthany/sky`. The mask
+            of an image has its path but for the suffix, .png, its size, and 255 where there is sky, else 0. There the
+            label becomes sky, whatever it says.
 
     Raises:
-        ValueError: no such folder or split.
+        ValueError: no such split.
     """
 
     dataset: ClassVar[str]  # name of the card in data_manifests/
     layout: ClassVar[str]  # what lies under root, for messages
     splits: ClassVar[tuple[str, ...]] = ("all",)
 
-    def __init__(self, *, name: str, root: str, split: str, index_root: str | None) -> None:
-        if not Path(root).is_dir():
-            raise ValueError(f"source {name}: root={root} is no folder; set `root` to the one that holds {self.layout}")
+    def __init__(
+        self, *, name: str, root: str, split: str, index_root: str | None, sky_masks: str | None = None
+    ) -> None:
         if split not in self.splits:
             raise ValueError(f"source {name}: split={split} is not one of {', '.join(self.splits)}")
         self.name, self.root, self.split = name, Path(root), split
         self.options: dict[str, Any] = {}
+        self.sky_masks = sky_masks
         self._index_folder = Path(index_root) if index_root else self.root / ".depthany"
         self._listing: _Listing | None = None
         self._pinned: str | None = None  # a copy in another process must see the same list
@@ -102,10 +112,35 @@ class Raw:
     @property
     def index_path(self) -> Path:
         """The list of samples; sources that read one root with different options have lists of their own."""
-        note = f"-{hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()[:8]}"
-        return self._index_folder / f"{self.dataset}-{self.split}{note if self.options else ''}.jsonl"
+        note = f"-{hashlib.sha256(json.dumps(self._meaning, sort_keys=True).encode()).hexdigest()[:8]}"
+        return self._index_folder / f"{self.dataset}-{self.split}{note if self._meaning else ''}.jsonl"
+
+    @cached_property
+    def _meaning(self) -> dict[str, Any]:
+        masks = {"sky_masks": self._sky_note()} if self.sky_masks else {}
+        return self.options | self.contents() | masks
 
     # What a reader gives
+
+    def check(self) -> None:
+        """Looks whether what the options name is there; a reader that names more than the root adds to it.
+
+        Raises:
+            ValueError: no such folder or file.
+        """
+        if not self.root.is_dir():
+            raise ValueError(
+                f"source {self.name}: root={self.root} is no folder; set `root` to the one that holds {self.layout}"
+            )
+        if self.sky_masks and not (masks := self.root / self._sky_folder).is_dir():
+            raise ValueError(
+                f"source {self.name}: sky_masks={self.sky_masks}, but there is no folder {masks}: make the masks with "
+                f"{self._sky_command}, or set sky_masks to null"
+            )
+
+    def contents(self) -> dict[str, Any]:
+        """Options that stand for the content of a file, such as a digest of it."""
+        return {}
 
     def scan(self) -> Iterator[Row]:
         """Walks the user's copy. What cannot be used is named with `skip`."""
@@ -144,14 +179,15 @@ class Raw:
 
     def identity(self) -> dict[str, Any]:
         """What a packed copy depends on: the options, and the files with their sizes."""
-        return self._scanner() | {"rows": self._list().header["identity"]}
+        return {**self._list().header["scanner"], "rows": self._list().header["identity"]}
 
     def prepare(self) -> None:
         """Makes the list, or makes it again where a listed file has another size or time than it had.
 
         Raises:
-            ValueError: there are no samples, or the list cannot be written.
+            ValueError: there is no such folder, there are no samples, or the list cannot be written.
         """
+        self.check()
         self._listing = self._list()
         with ThreadPoolExecutor(16) as pool:  # a look at a file on a network disk takes its time
             if not all(pool.map(self._unchanged, range(0, len(self), RANGE))):
@@ -171,6 +207,8 @@ class Raw:
         row = self.row(index)
         image = self.image(row)
         label = self.label(row, (image.shape[0], image.shape[1]))
+        if self.sky_masks:
+            label = self._with_sky(label, row, image.shape[:2])
         if not label["valid"].any():
             raise self.damaged(row.label, "no pixel has a valid value")
         return DepthSample(image=image, key=self.key(index), **label)
@@ -307,10 +345,52 @@ class Raw:
         what = str(what).removeprefix(f"{self.root / path}: ")
         return DecodeError(f"{self.root / path}: {what}; fetch the file again, or delete it to leave the sample out")
 
+    # The sky of a set whose labels do not know it
+
+    @property
+    def _sky_folder(self) -> str:
+        """Relative to the root, or absolute."""
+        assert self.sky_masks
+        return SKY_FOLDER if self.sky_masks == "beside" else os.path.abspath(self.sky_masks)
+
+    @property
+    def _sky_command(self) -> str:
+        options = {"dataset": self.dataset, "root": self.root, "segmenter": "MODEL"}
+        options |= {"dataset.split": self.split} if len(self.splits) > 1 else {}
+        options |= {} if self.sky_masks == "beside" else {"out": self.sky_masks}
+        return f"python -m depthany.sky {shlex.join(f'{key}={value}' for key, value in options.items())}"
+
+    def _sky_note(self) -> Any:
+        """What made the masks; their folder, where they are not of our making."""
+        note = self.root / self._sky_folder / SKY_NOTE
+        return json.loads(note.read_bytes()) if note.exists() else self._sky_folder
+
+    def _with_sky(self, label: Label, row: Row, image_shape: tuple[int, ...]) -> Label:
+        """The label with sky where the mask of the image has it (Depth Anything, arXiv 2401.10891, section 3.1)."""
+        path = self.root / row.extra["sky"]
+        try:
+            mask = decode_depth(path.read_bytes(), ".png")
+        except FileNotFoundError:
+            raise DecodeError(f"{path}: there is no such sky mask; make it with {self._sky_command}") from None
+        except DecodeError as err:
+            raise DecodeError(f"{path}: {err}; delete it, and make it again with {self._sky_command}") from err
+        if mask.shape != image_shape:
+            found = f"the mask is {mask.shape}, its image {image_shape}"
+            raise DecodeError(f"{path}: {found}; delete it, and make it again with {self._sky_command}")
+        if not np.isin(mask, (0, 255)).all():
+            raise DecodeError(f"{path}: it holds other values than 255, sky, and 0: write the mask again")
+        _, _, sky = resize_label(mask, mask, mask == 255, label["disparity"].shape)
+        return Label(
+            disparity=np.where(sky, np.float32(0), label["disparity"]),
+            valid=label["valid"] | sky,
+            sky=label["sky"] | sky,
+            kind=label["kind"],
+        )
+
     # The list
 
     def _scanner(self) -> dict[str, Any]:
-        facts = {"version": VERSION, "dataset": self.dataset, "split": self.split, "options": self.options}
+        facts = {"version": VERSION, "dataset": self.dataset, "split": self.split, "options": self._meaning}
         return json.loads(json.dumps(facts))  # as it comes back from the file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,6 +400,7 @@ class Raw:
 
     def _list(self) -> _Listing:
         if self._listing is None:
+            self.check()
             self._listing = self._stored()
         if self._listing is None:
             if self._pinned:
@@ -354,6 +435,9 @@ class Raw:
             ) from err
         self._folders, self._skips = {}, []
         rows = sorted(self.scan(), key=attrgetter("key"))
+        if self.sky_masks:
+            masks = [f"{self._sky_folder}/{mask_name(row.image)}" for row in rows]
+            rows = [row._replace(extra=row.extra | {"sky": mask}) for row, mask in zip(rows, masks, strict=True)]
         if not rows:
             first = f"; left out: {len(self._skips)}, first {': '.join(self._skips[0])}" if self._skips else ""
             raise ValueError(f"source {self.name}: no samples in root={self.root}, wanted {self.layout}{first}")
@@ -389,6 +473,11 @@ class Raw:
     def _sha256(self, path: str) -> str:
         with open(self.root / path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mask_name(image: str) -> str:
+    """The path of an image's sky mask in the folder of masks."""
+    return str(PurePosixPath(image).with_suffix(".png"))
 
 
 def write_beside(path: Path, data: bytes) -> None:

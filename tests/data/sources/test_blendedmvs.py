@@ -13,7 +13,7 @@ from tests.data.sources.writers.blendedmvs import SCENES, SHAPE, pfm, write_blen
 
 
 def reader(root: Path, split: str = "all") -> BlendedMvs:
-    return BlendedMvs(name="blendedmvs", root=str(root), split=split, index_root=None)  # type: ignore[arg-type]
+    return BlendedMvs(name="blendedmvs", root=str(root), split=split, sky_masks=None, index_root=None)  # type: ignore[arg-type]
 
 
 def test_every_pixel(tmp_path: Path) -> None:

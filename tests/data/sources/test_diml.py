@@ -19,7 +19,7 @@ def indoor(root: Path, split: str = "all") -> DimlIndoor:
 
 def outdoor(root: Path, split: str = "all", *, min_confidence: float = 0.6) -> DimlOutdoor:
     options = {"name": "diml", "root": str(root), "split": split, "index_root": None}
-    return DimlOutdoor(min_confidence=min_confidence, **options)  # type: ignore[arg-type]
+    return DimlOutdoor(min_confidence=min_confidence, sky_masks=None, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sample", [False, True])

@@ -29,7 +29,7 @@ def pair(root: Path, **options: object) -> FolderPair:
         "quantity": "depth",
         "scale": 1.0,
         "invalid": [0],
-        **dict.fromkeys(["sky", "sky_above", "focal_px", "centre_px", "encoding", "array", "index_root"]),
+        **dict.fromkeys(["sky", "sky_above", "focal_px", "centre_px", "encoding", "array", "sky_masks", "index_root"]),
     }
     return FolderPair(root=str(root), **usual | options)  # type: ignore[arg-type]
 
@@ -197,9 +197,9 @@ def test_the_meaning_is_part_of_the_identity(tmp_path: Path) -> None:
 def test_missing_folders_are_told(tmp_path: Path) -> None:
     write(tmp_path, ".npy", FLOATS[".npy"])
     with pytest.raises(ValueError, match=r"pictures is no folder: correct `root` or `images`"):
-        pair(tmp_path, images="pictures")
+        pair(tmp_path, images="pictures").prepare()
     with pytest.raises(ValueError, match=r"labels is no folder: correct `root` or `depth`"):
-        pair(tmp_path, depth="labels")
+        pair(tmp_path, depth="labels").prepare()
 
 
 def test_a_damaged_label_is_told(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.data.sources.writers.hrwsi import STEMS, write_hrwsi, write_traps
 
 
 def reader(root: Path, split: str = "all") -> Hrwsi:
-    return Hrwsi(name="hrwsi", root=str(root), split=split, index_root=None)  # type: ignore[arg-type]
+    return Hrwsi(name="hrwsi", root=str(root), split=split, sky_masks=None, index_root=None)  # type: ignore[arg-type]
 
 
 def test_every_pixel(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_splits_are_the_official_ones(tmp_path: Path, metadata: str) -> None:
     with pytest.raises(ValueError, match=r"split=train needs metadata_images_split_scene_v1\.csv: set `metadata`"):
         reader(tmp_path / "set", split="train")
     with pytest.raises(ValueError, match=r"metadata_camera_parameters\.csv is missing: copy it"):
-        reader(tmp_path / "set", metadata=str(tmp_path))
+        reader(tmp_path / "set", metadata=str(tmp_path)).prepare()
 
 
 def test_broken_scenes_cameras_and_frames_are_left_out(tmp_path: Path) -> None:

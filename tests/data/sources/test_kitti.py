@@ -106,7 +106,7 @@ def test_a_wrong_list_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has the line 'image 0'"):
         len(reader(tmp_path / "tree", path))
     with pytest.raises(ValueError, match=r"files=\S+nothing.txt is no file; give the list of frames, or null for all"):
-        reader(tmp_path / "tree", tmp_path / "nothing.txt")
+        reader(tmp_path / "tree", tmp_path / "nothing.txt").prepare()
 
 
 def test_wrong_labels_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.data.sources.writers.megadepth import PREFIX, SHAPE, h5, write_megade
 
 def reader(root: Path, split: str = "all", percentiles: list[float] | None = None) -> MegaDepth:
     options = {"name": "mega", "root": str(root), "split": split, "index_root": None}
-    return MegaDepth(percentiles=percentiles, **options)  # type: ignore[arg-type]
+    return MegaDepth(percentiles=percentiles, sky_masks=None, **options)  # type: ignore[arg-type]
 
 
 def test_every_pixel_without_the_ordinal_maps(tmp_path: Path) -> None:

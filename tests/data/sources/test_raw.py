@@ -189,7 +189,7 @@ def test_a_root_that_cannot_be_written_points_to_index_root(root: Path) -> None:
 
 def test_wrong_options_are_told(root: Path) -> None:
     with pytest.raises(ValueError, match=r"source toy: root=\S+ is no folder; set `root` .*<scene>/<frame>.png"):
-        toy(root / "missing")
+        toy(root / "missing").prepare()
     with pytest.raises(ValueError, match=r"split=val is not one of all"):
         toy(root, split="val")
 

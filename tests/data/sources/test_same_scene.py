@@ -65,13 +65,13 @@ def blendedmvs(root: Path) -> Raw:
     label = root / SCENE / "rendered_depth_maps" / "00000000.pfm"
     label.parent.mkdir()
     label.write_bytes(pfm(depth() / 7.3, big_endian=True))  # scale of the reconstruction
-    return BlendedMvs(name="x", root=str(root), split="all", index_root=None)
+    return BlendedMvs(name="x", root=str(root), split="all", sky_masks=None, index_root=None)
 
 
 def megadepth(root: Path) -> Raw:
     save_picture(root / "0000" / "dense0" / "imgs" / "a.jpg", picture(*SHAPE, number=0))
     megadepth_tree.h5(root / "0000" / "dense0" / "depths" / "a.h5", (depth() * 0.02).astype(np.float32))
-    return MegaDepth(name="x", root=str(root), split="all", percentiles=None, index_root=None)
+    return MegaDepth(name="x", root=str(root), split="all", percentiles=None, sky_masks=None, index_root=None)
 
 
 def irs(root: Path) -> Raw:
@@ -122,13 +122,15 @@ def diml_outdoor(root: Path) -> Raw:
     save_picture(root / "outleft" / "a.png", picture(*SHAPE, number=0))
     save(root / "depthmap" / "a.png", np.rint(depth() * 1000).astype(np.uint16))
     save(root / "confidencemap" / "a.png", np.full(SHAPE, 255, np.uint8))
-    return DimlOutdoor(name="x", root=str(root), split="all", min_confidence=0.6, index_root=None)
+    return DimlOutdoor(name="x", root=str(root), split="all", min_confidence=0.6, sky_masks=None, index_root=None)
 
 
 def folder_pair(root: Path) -> Raw:
     save_picture(root / "images" / "a.png", picture(*SHAPE, number=0))
     save(root / "depth" / "a.npy", (1000 / depth()).astype(np.float32))
-    nothing = dict.fromkeys(["sky", "sky_above", "focal_px", "centre_px", "encoding", "array", "index_root"])
+    nothing = dict.fromkeys(
+        ["sky", "sky_above", "focal_px", "centre_px", "encoding", "array", "sky_masks", "index_root"]
+    )
     options = {"quantity": "disparity", "scale": None, "invalid": [], "images": "images", "depth": "depth"}
     return FolderPair(name="x", root=str(root), **options, **nothing)  # type: ignore[arg-type]
 

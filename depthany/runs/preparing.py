@@ -1,4 +1,4 @@
-"""Preparing unlabelled sets from a config: what there is, how a run ends, and what it prints."""
+"""Preparing sets from a config: what there is, how a run ends, and what it prints."""
 
 import signal
 import sys
@@ -8,23 +8,30 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from depthany.config.check import ConfigError
 from depthany.config.launch import config_dir
-from depthany.data.packing import Indexing, Packing
+from depthany.data.packing import ImagePreparation, Indexing, Packing
 from depthany.data.preparation import DROPPED, FULL, Preparation, Summary
 from depthany.data.shards import ShardError
+from depthany.data.sources.index_csv import IndexCsv
+from depthany.data.sources.raw import Raw
 from depthany.data.sources.tree import ForeignTars, ImageTree, NothingFitsError, PackError
+from depthany.data.truth_packing import TruthPacking
+from depthany.runs.cards import read_cards
 
 STOPPED, DISK_FULL = 75, 73  # EX_TEMPFAIL and EX_CANTCREAT of sysexits.h
 RANGES = {"samples_per_shard": (1, 10**6), "min_side": (1, 10**5), "max_side": (16, 10**5), "quality": (1, 100)}
 RANGES |= {"workers": (1, 10**4)}
+OF_IMAGES = ("min_side", "max_side", "quality")  # options that would change what the label of a picture fits to
+WIDTH = 150  # columns of the table of sets where no terminal says how many there are
 
 
-def open_set(cfg: DictConfig, source: ImageTree) -> Preparation:
+def open_set(cfg: DictConfig, source: Any) -> Preparation:
     """The job that packs a set, or indexes tars of others.
 
     Raises:
@@ -34,12 +41,33 @@ def open_set(cfg: DictConfig, source: ImageTree) -> Preparation:
         if cfg[name] is not None and not least <= cfg[name] <= most:
             raise ConfigError(f"{name}={cfg[name]} must be between {least} and {most}")
     out = Path(cfg.out) if cfg.out else Path(cfg.paths.shards) / source.name
+    if cfg.get("dataset") is not None:
+        return _open_labelled(cfg, source, out)
+    if cfg.pictures != "keep":
+        raise ConfigError(
+            f"pictures={cfg.pictures} is for labelled sets: max_side makes unlabelled ones faster to read"
+        )
     if isinstance(source, ForeignTars):
         if cfg.max_side is not None:
             raise ConfigError(f"max_side={cfg.max_side} needs shards of our own: unlabelled=folder packs anew")
         return Indexing(source=source, out=out, min_side=cfg.min_side, workers=cfg.workers)
     options: dict[str, Any] = {name: cfg[name] for name in RANGES}
     return Packing(source=source, out=out, **options)
+
+
+def _open_labelled(cfg: DictConfig, source: Any, out: Path) -> Preparation:
+    said = [option.lstrip("+") for option in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+    if unfit := [option for option in said if option.partition("=")[0] in OF_IMAGES]:
+        raise ConfigError(
+            f"{unfit[0]} is for unlabelled sets: the samples of a labelled one stay as its reader has them"
+        )
+    if not isinstance(source, Raw | IndexCsv):
+        raise ConfigError(f"dataset={source.name} is not packed: it is no set of original files")
+    options: dict[str, Any] = {name: cfg[name] for name in ("samples_per_shard", "pictures", "workers")}
+    try:
+        return TruthPacking(source=source, out=out, **options)
+    except PackError as error:
+        raise ConfigError(str(error)) from error
 
 
 def prepare(job: Preparation) -> Summary:
@@ -57,7 +85,9 @@ def prepare(job: Preparation) -> Summary:
     try:
         return job.run()
     except NothingFitsError as error:
-        raise ConfigError(f"{error}; {_way_out(job.source)}") from error
+        raise ConfigError(
+            f"{error}; {_way_out(job.source)}" if isinstance(job, ImagePreparation) else str(error)
+        ) from error
     except PackError as error:
         raise ConfigError(str(error)) from error
     except ShardError as error:
@@ -94,19 +124,31 @@ def _way_out(source: ImageTree) -> str:
 
 def sets() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, card, config) of every unlabelled set that has a card."""
-    folder = config_dir() / "unlabelled"
+    folder, cards = config_dir() / "unlabelled", read_cards()
     for file in sorted(folder.glob("*.yaml")):
-        card = config_dir().parent / "data_manifests" / file.name
-        if card.is_file():
-            yield file.stem, _mapping(card), _mapping(file)
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[return-value]  # not a list
+        if card := cards.get(file.stem):
+            config: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+            yield file.stem, card, config
 
 
 def print_sets() -> None:
-    """What `unlabelled=` can be."""
+    """What `dataset=` and `unlabelled=` can be."""
+    table = Table(title="labelled sets (dataset=NAME)", title_justify="left", box=None)
+    for column in ("name", "kind", "unit", "factor", "samples", "licence", "commercial", "used in"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("factor", "samples") else "left")
+    for name, card in read_cards().items():
+        if "quantity" in card:
+            counts = card["expected"] or {}
+            count, factor = counts.get("all", sum(filter(None, counts.values()))), card["factor"]
+            table.add_row(
+                *(name, card["kind"], card["unit"], "-" if factor is None else f"{factor:g}"),
+                *(f"{count:,}" if count else "?", card["licence"], str(card["commercial"]), ", ".join(card["used_in"])),
+            )
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    print("folder_pair     your own images and labels in two folders, matched by name")
+    print("index_csv       your own, listed in a CSV file that says what each label means")
+    print("\nunlabelled sets (unlabelled=NAME)")
     for name, card, config in sets():
         counts = ", ".join(f"{part} {count:,}" for part, count in card["expected"].items() if count)
         print(f"{name:<16}{card['title']}; images: {counts}")
@@ -119,7 +161,19 @@ def print_sets() -> None:
         print(f"{name:<16}{meaning}")
 
 
-def print_summary(summary: Summary) -> None:
+def next_commands(job: Preparation) -> list[str]:
+    """What can be done with what is prepared."""
+    if isinstance(job, TruthPacking):
+        uses = read_cards().get(getattr(job.source, "dataset", ""), {}).get("used_in", [])
+        mixtures = [data for use, data in (("v2", "v2_synthetic"), ("v1", "v1_labelled")) if use in uses]
+        return [
+            f"python -m depthany.audit dataset=shards root={job.out} dataset.name={job.name}",
+            *(f"python -m depthany.train stage=teacher data={data} data.read=shards" for data in mixtures[:1]),
+        ]
+    return [f"python -m depthany.pseudo_label teacher=last shards={job.out}"]
+
+
+def print_summary(summary: Summary, following: list[str]) -> None:
     """What is there, what the run did, and what comes next."""
     table = Table(show_header=False)
     table.add_row("set", summary.name)
@@ -139,4 +193,5 @@ def print_summary(summary: Summary) -> None:
         print(f"and {len(summary.problems) - 5:,} more files")
     if summary.dropped or summary.problems:
         print(f"dropped: {summary.out / DROPPED}")
-    print(f"next:    python -m depthany.pseudo_label teacher=last shards={summary.out}")
+    for number, command in enumerate(following):
+        print(f"{'or:' if number else 'next:':<9}{command}")

@@ -88,6 +88,25 @@ def official_state(*, seed: int = 0, **size: Any) -> dict[str, Tensor]:
     return state
 
 
+def dinov2_state(*, registers: int, **size: Any) -> dict[str, Tensor]:
+    """An encoder's file as facebookresearch/dinov2 publishes it, with registers or without (0)."""
+    state = official_state(**size, features=8, out_channels=(8, 8, 8, 8))
+    state = {k.removeprefix("pretrained."): v for k, v in state.items() if k.startswith("pretrained.")}
+    return state | ({"register_tokens": torch.randn(1, registers, size["width"]) / 10} if registers else {})
+
+
+def dinov3_state(*, width: int, depth: int) -> dict[str, Tensor]:
+    """An encoder's file as facebookresearch/dinov3 publishes it: patches of 16, rotary periods, masked biases."""
+    state = dinov2_state(registers=0, width=width, depth=depth)
+    del state["pos_embed"]
+    state["patch_embed.proj.weight"] = torch.randn(width, 3, 16, 16) / 28
+    state |= {"storage_tokens": torch.randn(1, 4, width), "rope_embed.periods": torch.ones(4)}
+    for i in range(depth):
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.zeros(3 * width)
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3 * width)
+    return state
+
+
 HUGGING_FACE = [  # transformers 4; applied in order
     (r"pretrained\.(cls_token|mask_token)$", r"backbone.embeddings.\1"),
     (r"pretrained\.pos_embed", "backbone.embeddings.position_embeddings"),

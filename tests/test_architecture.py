@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["runs"] = set(MAY_IMPORT)
 VERB = "a verb"  # any other module at the top: train.py, predict.py
 MAY_IMPORT[VERB] = set(MAY_IMPORT)
+MAY_IMPORT["__init__"] = {"runs"}  # load_model, when it is asked for
 
 FRAMEWORKS = {
     "lightning": "lightning",

@@ -41,6 +41,28 @@ def lower_bound_size(height: int, width: int, *, size: int, multiple: int) -> tu
     return constrain(scale * height), constrain(scale * width)
 
 
+def fit_size(height: int, width: int, *, size: int, multiple: int, max_pixels: int) -> tuple[int, int]:
+    """(h, w) of the official rule, or of the same shape within a budget where that has more than `max_pixels`.
+
+    Beyond the budget both sides shrink by one factor and are rounded down to multiples; neither falls below one
+    multiple, and then the other takes what the budget leaves: only for such strips the aspect ratio changes much.
+
+    Raises:
+        ValueError: the budget is smaller than one multiple squared.
+    """
+    if max_pixels < multiple**2:
+        raise ValueError(f"a budget of {max_pixels} pixels is less than one patch of {multiple} x {multiple}")
+    h, w = lower_bound_size(height, width, size=size, multiple=multiple)
+    if h * w <= max_pixels:
+        return h, w
+    long_first = h > w
+    short, long = sorted((h, w))
+    factor = (max_pixels / (h * w)) ** 0.5
+    short = max(int(short * factor) // multiple, 1) * multiple
+    long = min(int(long * factor), max_pixels // short) // multiple * multiple
+    return (long, short) if long_first else (short, long)
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
     """Image (H, W, 3) uint8 or floating -> (h, w, 3) of the same dtype.
 
@@ -115,7 +137,13 @@ def network_input(image: np.ndarray, *, size: int, multiple: int, max_pixels: in
     h, w = lower_bound_size(height, width, size=size, multiple=multiple)
     if h * w > max_pixels:
         raise ValueError(f"a {width} x {height} image becomes a {w} x {h} network input, above {max_pixels} pixels")
-    pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=False)
+    return normalised(image, (h, w), antialias=False)
+
+
+def normalised(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.ndarray:
+    """The whole image (H, W, 3) uint8, resized and ImageNet-normalised: (h, w, 3) float32."""
+    h, w = size
+    pixels = resize_image(image.astype(np.float32) / 255.0, (h, w), antialias=antialias)
     rows = pixels.reshape(h, 3 * w)  # whole rows at a time: NumPy is slow on a last axis of 3
     rows -= np.tile(np.array(IMAGENET_MEAN, np.float32), w)
     rows /= np.tile(np.array(IMAGENET_STD, np.float32), w)

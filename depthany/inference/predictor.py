@@ -1,23 +1,27 @@
 """From one photo to a `DepthMap` with the official pre- and post-processing.
 
-Legend: H W pixels of the photo, h w pixels of the network input.
+Legend: B batch, H W pixels of the photo, h w pixels of the network input.
 """
 
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from depthany.geometry.resize import MAX_INPUT_PIXELS, network_input
+from depthany.geometry.pictures import upright_rgb
+from depthany.geometry.resize import MAX_INPUT_PIXELS, fit_size, lower_bound_size, normalised
 from depthany.inference.depth_map import DepthMap
 from depthany.models.depth_model import DepthModel
 
 
-class Predictor:
-    """A model, frozen, on its device.
+class Predictor(nn.Module):
+    """A model on its device, ready for photos.
 
     Resizing and normalisation follow Depth-Anything-V2 `depth_anything_v2/dpt.py` (`infer_image`)
     and `util/transform.py`.
@@ -27,7 +31,7 @@ class Predictor:
         device: Where the network runs.
         precision: bf16 runs the network under autocast; the map is float32 either way.
         max_pixels: Largest network input in pixels. The short side is at least the input size,
-            so a thin strip would grow without bound.
+            so a thin strip would grow without bound: `predict` gives it a smaller input, `network_input` refuses it.
     """
 
     def __init__(
@@ -38,50 +42,164 @@ class Predictor:
         precision: Literal["fp32", "bf16"],
         max_pixels: int = MAX_INPUT_PIXELS,
     ) -> None:
+        super().__init__()
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision is fp32 or bf16, not {precision!r}")
-        self.device = torch.device(device)
-        self.model = model.to(self.device, torch.float32).eval()
+        self.model = model.to(torch.device(device), torch.float32)
+        self.eval()
         self.precision = precision
         self.max_pixels = max_pixels
 
-    def network_input(self, image: np.ndarray, *, input_size: int | None) -> np.ndarray:
-        """The normalised network input (h, w, 3) float32 of a photo.
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def input_size(self) -> int:
+        """The short side of the network input in pixels for which the model was trained."""
+        return self.model.input_size
+
+    @property
+    def patch_size(self) -> int:
+        """Both sides of the network input are multiples of this many pixels."""
+        return self.model.patch_size
+
+    @property
+    def space(self) -> Literal["disparity", "metric"]:
+        """What the network's output means: affine-invariant disparity, or metres."""
+        return self.model.space
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The network's output (B, H, W) float32 of ImageNet-normalised images (B, 3, H, W): see `space`."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(images).float()
+
+    def input_shape(self, height: int, width: int, *, input_size: int | None) -> tuple[int, int]:
+        """(h, w) of the network input of a photo of (H, W) pixels, within `max_pixels`.
+
+        The official rule: the short side is `input_size`, both sides are multiples of the patch. Where that has more
+        than `max_pixels`, both sides shrink by one factor: `fit_size`.
+
+        Args:
+            height: Of the photo in pixels.
+            width: Of the photo in pixels.
+            input_size: Lower bound of the short side in pixels; None: the size the model was trained at.
+
+        Raises:
+            ValueError: An input size that is not positive.
+        """
+        size = self._size(input_size)
+        return fit_size(height, width, size=size, multiple=self.patch_size, max_pixels=self.max_pixels)
+
+    def network_input(self, image: np.ndarray, *, input_size: int | None, antialias: bool = False) -> np.ndarray:
+        """The normalised network input (h, w, 3) float32 of a photo, by the official rule alone.
 
         Args:
             image: (H, W, 3) uint8 RGB, upright.
-            input_size: Lower bound of the short side in pixels, rounded to the patch size; None: the size the model
-                was trained at.
+            input_size: As in `input_shape`.
+            antialias: Average areas where the photo shrinks, instead of the official bicubic sampling.
 
         Raises:
             ValueError: Not an RGB uint8 image, an input size that is not positive, or a network input above
                 `max_pixels`.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
-        if input_size is None:
-            input_size = self.model.input_size
-        if input_size < 1:
-            raise ValueError(f"--input-size must be positive, not {input_size}")
-        multiple = self.model.patch_size
-        try:
-            return network_input(image, size=input_size, multiple=multiple, max_pixels=self.max_pixels)
-        except ValueError as error:
-            raise ValueError(f"{error}; lower --input-size or raise --max-pixels ({self.max_pixels})") from error
+        height, width = _checked(image).shape[:2]
+        size = self._size(input_size)
+        h, w = lower_bound_size(height, width, size=size, multiple=self.patch_size)
+        if h * w > self.max_pixels:
+            raise ValueError(
+                f"a {width} x {height} image becomes a {w} x {h} network input, above {self.max_pixels} pixels; "
+                f"lower --input-size or raise --max-pixels ({self.max_pixels})"
+            )
+        return normalised(image, (h, w), antialias=antialias)
 
     @torch.inference_mode()
     def disparity(self, inputs: Sequence[np.ndarray]) -> Tensor:
-        """Runs the network on inputs (h, w, 3) of one shape: disparity (B, h, w) float32 on the device."""
+        """Runs the network on inputs (h, w, 3) of one shape: `forward`'s (B, h, w) float32 on the device."""
         # (B, h, w, 3) -> (B, 3, h, w)
-        batch = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2).contiguous().to(self.device)
-        bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(batch).float()
+        return self(torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2).contiguous().to(self.device))
 
-    def predict(self, image: np.ndarray, *, input_size: int | None) -> DepthMap:
-        """Predicts a relative disparity of the photo's own size; arguments and errors as `network_input`."""
-        output = self.disparity([self.network_input(image, input_size=input_size)])[:, None]  # (1, 1, h, w)
-        output = interpolate(output, image.shape[:2], mode="bilinear", align_corners=True)
-        disparity = output[0, 0].cpu().numpy()
-        valid = np.isfinite(disparity)
-        return DepthMap(np.where(valid, disparity, np.float32(0)), valid)
+    def predict(
+        self,
+        image: np.ndarray | Image.Image | Path | str,
+        *,
+        input_size: int | None = None,
+        antialias: bool = False,
+        confidence: bool = False,
+    ) -> DepthMap:
+        """Predicts a map of the photo's own size, whatever that is; `space` says what it holds.
+
+        A photo whose network input would be above `max_pixels` gets a smaller one: `input_shape`.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, upright; a picture of Pillow; or a file.
+            input_size: As in `input_shape`.
+            antialias: As in `network_input`.
+            confidence: Also ask how well the map agrees with that of the mirrored photo, see `predict_batch`.
+
+        Raises:
+            ValueError: Not such an image, an input size that is not positive, or a file that cannot be decoded.
+        """
+        pixels = _checked(_pixels(image))
+        shape = self.input_shape(*pixels.shape[:2], input_size=input_size)
+        return self.predict_batch(
+            [normalised(pixels, shape, antialias=antialias)], [pixels.shape[:2]], confidence=confidence
+        )[0]
+
+    def predict_batch(
+        self, inputs: Sequence[np.ndarray], sizes: Sequence[tuple[int, ...]], *, confidence: bool = False
+    ) -> list[DepthMap]:
+        """The maps of network inputs (h, w, 3) of one shape, each resized to its photo's (H, W).
+
+        The confidence of a pixel is 1 - |difference| / range, at least 0: the difference to the map of the mirrored
+        input, mirrored back and fitted by least squares in scale and shift, as a share of the map's max - min.
+        """
+        maps = self.disparity(inputs)
+        surer: list[Tensor | None] = [None] * len(maps)
+        if confidence:
+            mirrored = self.disparity([input[:, ::-1] for input in inputs]).flip(-1)
+            surer = [_agreement(*pair) for pair in zip(maps, mirrored, strict=True)]
+        made = []
+        for values, sure, size in zip(maps, surer, sizes, strict=True):
+            resized = _resized(values, size)
+            valid = np.isfinite(resized)
+            resized = np.where(valid, resized, np.float32(0))
+            made.append(DepthMap(resized, valid, self.space, None if sure is None else _resized(sure, size)))
+        return made
+
+    def _size(self, input_size: int | None) -> int:
+        if input_size is not None and input_size < 1:
+            raise ValueError(f"--input-size must be positive, not {input_size}")
+        return input_size or self.input_size
+
+
+def _resized(values: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """(h, w) -> (H, W) as the official code does."""
+    return interpolate(values[None, None], size, mode="bilinear", align_corners=True)[0, 0].cpu().numpy()
+
+
+def _agreement(values: Tensor, other: Tensor) -> Tensor:
+    """1 - |difference| / range, at least 0, after `other` is fitted to `values`, both (h, w)."""
+    centred, target = other - other.mean(), values - values.mean()
+    scale = (centred * target).sum() / centred.square().sum().clamp_min(1e-12)
+    spread = (values.max() - values.min()).clamp_min(1e-12)
+    return (1 - (target - scale * centred).abs() / spread).clamp_min(0)
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+    return image
+
+
+def _pixels(image: np.ndarray | Image.Image | Path | str) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return image
+    if isinstance(image, Image.Image):
+        return upright_rgb(image)
+    try:
+        # From bytes: Pillow maps plain TIFFs into memory and then forgets their orientation.
+        return upright_rgb(Image.open(BytesIO(Path(image).read_bytes())))
+    except OSError as error:  # Pillow's for damaged files, too
+        raise ValueError(f"{image}: {error.strerror or error}") from error

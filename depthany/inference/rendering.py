@@ -9,6 +9,8 @@ from functools import cache
 import numpy as np
 from matplotlib import colormaps
 
+from depthany.inference.depth_map import DepthMap
+
 INVALID_GREY = 48
 WHITE = 255
 
@@ -57,6 +59,22 @@ def colorize(
     span = high - low if high > low else 1.0
     index = (((filled - low) / span).clip(0, 1) * 255).astype(np.uint8)
     return np.where(known[..., None], color_table(cmap)[index], picture)
+
+
+def paint(
+    depth: DepthMap, *, cmap: str = "Spectral_r", low: float | None = None, high: float | None = None
+) -> np.ndarray:
+    """Colours a map, (H, W, 3) uint8, with the last colour for what is nearest, whatever the map's `space`.
+
+    Args:
+        depth: The map.
+        cmap: Name of a matplotlib colour map.
+        low: The smallest value that is told apart; None: the smallest valid one.
+        high: The largest value that is told apart; None: the largest valid one.
+    """
+    if not depth.near_is_large:
+        cmap = cmap.removesuffix("_r") if cmap.endswith("_r") else f"{cmap}_r"
+    return colorize(depth.values, cmap=cmap, valid=depth.valid, low=low, high=high)
 
 
 def side_by_side(images: Sequence[np.ndarray], gap: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Legend: B batch, h w pixels of the label.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torchmetrics
@@ -16,30 +17,21 @@ MIN_PIXELS = 10  # fewer valid pixels are not scored (metric_depth/train.py of t
 SCORES = ("abs_rel", "delta1", "negative_scale")
 
 
-@torch.no_grad()
-def affine_invariant_depth(
-    pred: Tensor, disparity: Tensor, valid: Tensor, *, min_disparity: float | None
-) -> dict[str, Tensor]:
-    """Scores of each image, (B, h, w) x 3 -> (B,) each.
+class Fit(NamedTuple):
+    """A prediction brought to the truth; where nothing is compared, both are 1."""
 
-    Scale and shift are fitted by least squares in disparity over the compared pixels; the aligned
-    prediction is floored at the smallest true disparity among them (microsoft/MoGe: 1 / largest
-    depth); both are inverted. `abs_rel` = mean |z - z*| / z*, `delta1` = share of pixels with
-    max(z / z*, z* / z) < 1.25 (V1, arXiv:2401.10891 suppl. 6). A negative fitted scale, that of an
-    inverted prediction, is reported as `negative_scale` = 1 and not accepted: the best constant,
-    the mean true disparity, is scored instead.
+    fitted: Tensor  # (B, h, w) disparity in the truth's unit, positive
+    truth: Tensor  # (B, h, w)
+    compared: Tensor  # (B, h, w) bool
+    negative: Tensor  # (B,) bool
 
-    Args:
-        pred: disparity up to scale and shift, at the label's size; (1, h, w) serves every image.
-        disparity: truth, factor / depth in any unit: the scores are ratios.
-        valid: bool, sky excluded; pixels without a positive disparity have no depth and are left
-            out.
-        min_disparity: cap of the protocol in the label's unit: pixels farther than 1 /
-            min_disparity are left out.
 
-    Returns:
-        abs_rel, delta1, negative_scale as floats, NaN for an image with fewer than 10 compared
-        pixels; scored as bool.
+def fit_to_truth(pred: Tensor, disparity: Tensor, valid: Tensor, *, min_disparity: float | None) -> Fit:
+    """Scale and shift by least squares in disparity over the compared pixels, floored so that it can be inverted.
+
+    The floor is the smallest true disparity among the compared pixels (microsoft/MoGe: 1 / largest depth). A negative
+    scale, that of an inverted prediction, is not accepted: the best constant, the mean true disparity, stands instead.
+    Arguments as in `affine_invariant_depth`.
     """
     pred, disparity = (x if x.dtype == torch.float64 else x.float() for x in (pred, disparity))
     compared = valid & (disparity > 0)
@@ -54,12 +46,38 @@ def affine_invariant_depth(
     floor, _ = masked_min_max(truth, compared)
     fitted = to_map(scale, pred) * pred + to_map(shift, pred)
     fitted = torch.where(compared, torch.maximum(fitted, to_map(floor, pred)), 1.0)
-    ratio = truth / fitted  # z / z*
-    scored = compared.flatten(1).sum(1) >= MIN_PIXELS
+    return Fit(fitted, truth, compared, negative)
+
+
+@torch.no_grad()
+def affine_invariant_depth(
+    pred: Tensor, disparity: Tensor, valid: Tensor, *, min_disparity: float | None
+) -> dict[str, Tensor]:
+    """Scores of each image, (B, h, w) x 3 -> (B,) each.
+
+    The prediction is fitted (`fit_to_truth`), and both are inverted. `abs_rel` = mean |z - z*| / z*, `delta1` = share
+    of pixels with max(z / z*, z* / z) < 1.25 (V1, arXiv:2401.10891 suppl. 6); `negative_scale` = 1 where the fitted
+    scale is negative.
+
+    Args:
+        pred: disparity up to scale and shift, at the label's size; (1, h, w) serves every image.
+        disparity: truth, factor / depth in any unit: the scores are ratios.
+        valid: bool, sky excluded; pixels without a positive disparity have no depth and are left
+            out.
+        min_disparity: cap of the protocol in the label's unit: pixels farther than 1 /
+            min_disparity are left out.
+
+    Returns:
+        abs_rel, delta1, negative_scale as floats, NaN for an image with fewer than 10 compared
+        pixels; scored as bool.
+    """
+    fit = fit_to_truth(pred, disparity, valid, min_disparity=min_disparity)
+    ratio = fit.truth / fit.fitted  # z / z*
+    scored = fit.compared.flatten(1).sum(1) >= MIN_PIXELS
     scores = {
-        "abs_rel": masked_mean((ratio - 1).abs(), compared),
-        "delta1": masked_mean((torch.maximum(ratio, 1 / ratio) < 1.25).to(ratio), compared),
-        "negative_scale": negative.to(ratio),
+        "abs_rel": masked_mean((ratio - 1).abs(), fit.compared),
+        "delta1": masked_mean((torch.maximum(ratio, 1 / ratio) < 1.25).to(ratio), fit.compared),
+        "negative_scale": fit.negative.to(ratio),
     }
     return {k: torch.where(scored, v, torch.nan) for k, v in scores.items()} | {"scored": scored}
 

@@ -14,7 +14,7 @@ from depthany.types import DepthOutput
 
 
 class DepthModel(nn.Module):
-    """Affine-invariant disparity of an image.
+    """Affine-invariant disparity of an image, or metric depth with V2's metric weights.
 
     The state dict is the official one (github.com/DepthAnything/Depth-Anything-V2) without its
     never used `pretrained.mask_token` and `depth_head.scratch.refinenet4.resConfUnit1.*`, and with
@@ -29,8 +29,9 @@ class DepthModel(nn.Module):
         features: channels of the fused maps.
         out_channels: channels of the four reassembled maps.
         hidden: channels before the last convolution.
-        activation: the last one.
+        activation: the last one; sigmoid belongs to metric weights, which are read and never trained here.
         input_size: short side in pixels for which the model is meant; a multiple of the patch size.
+        max_depth: metres at which the sigmoid of a metric model ends; null for disparity.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -42,17 +43,23 @@ class DepthModel(nn.Module):
         encoder: str,
         taps: Sequence[int],
         pretrained: bool | str,
-        pos_embed: Literal["official", "timm"],
+        pos_embed: Literal["auto", "official", "timm"],
         encoder_arguments: Mapping[str, Any],
         features: int,
         out_channels: Sequence[int],
         hidden: int,
-        activation: Literal["relu", "softplus"],
+        activation: Literal["relu", "softplus", "sigmoid"],
         input_size: int,
+        max_depth: float | None = None,
     ):
         super().__init__()
         if len(taps) != 4:
             raise ValueError(f"taps={list(taps)}: the DPT head takes four")
+        if (activation == "sigmoid") != (max_depth is not None) or (max_depth is not None and not max_depth > 0):
+            raise ValueError(
+                f"activation={activation!r}, max_depth={max_depth}: a metric model has sigmoid and a positive "
+                "max_depth in metres, every other has neither"
+            )
         self._config: dict[str, Any] = {
             "encoder": encoder,
             "taps": list(taps),
@@ -65,7 +72,10 @@ class DepthModel(nn.Module):
             "activation": activation,
             "input_size": input_size,
         }
+        if max_depth is not None:
+            self._config["max_depth"] = float(max_depth)
         self.input_size = input_size
+        self.max_depth = max_depth
         self.pretrained = Encoder(
             name=encoder,
             taps=taps,
@@ -81,19 +91,26 @@ class DepthModel(nn.Module):
             activation=activation,
         )
         if input_size <= 0 or input_size % self.patch_size:
-            raise ValueError(f"input_size={input_size} is no multiple of the patch size {self.patch_size}")
+            near = max(round(input_size / self.patch_size), 1) * self.patch_size
+            raise ValueError(f"input_size={input_size} is no multiple of the patch size {self.patch_size}: take {near}")
 
     @property
     def patch_size(self) -> int:
         """Both image sides must be multiples of this many pixels."""
         return self.pretrained.patch_size
 
+    @property
+    def space(self) -> Literal["disparity", "metric"]:
+        """What the output is: disparity up to scale and shift, larger is nearer, or depth in metres."""
+        return "disparity" if self.max_depth is None else "metric"
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this model, as JSON values, pretrained=False."""
-        return {**self._config, "encoder_arguments": dict(self._config["encoder_arguments"])}
+        resolved = {"pos_embed": self.pretrained.pos_embed_rule}
+        return {**self._config, **resolved, "encoder_arguments": dict(self._config["encoder_arguments"])}
 
     def outputs(self, image: Tensor) -> DepthOutput:
-        """Disparity (B, H, W) and the encoder's final features (B, C, h, w).
+        """Disparity (B, H, W), of a metric model depth in metres, and the encoder's final features (B, C, h, w).
 
         Args:
             image: (B, 3, H, W) ImageNet-normalised RGB.
@@ -102,10 +119,11 @@ class DepthModel(nn.Module):
             ValueError: a side that is no multiple of the patch size.
         """
         taps = self.pretrained(image)
-        return DepthOutput(disparity=self.depth_head(taps, tuple(image.shape[-2:])), features=taps[-1])
+        values = self.depth_head(taps, tuple(image.shape[-2:]))
+        return DepthOutput(disparity=values if self.max_depth is None else self.max_depth * values, features=taps[-1])
 
     def forward(self, image: Tensor) -> Tensor:
-        """Disparity (B, H, W), affine-invariant, >= 0, of a normalised image (B, 3, H, W)."""
+        """Disparity (B, H, W), affine-invariant, >= 0, or metres (`space`), of a normalised image (B, 3, H, W)."""
         return self.outputs(image).disparity
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:

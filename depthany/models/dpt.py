@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,  # metric_depth/depth_anything_v2/dpt.py of the official code
+}
 
 
 class DPTHead(nn.Module):
@@ -25,7 +29,8 @@ class DPTHead(nn.Module):
         features: F, channels of the fused maps; even.
         out_channels: channels of the four reassembled maps, fine to coarse.
         hidden: channels before the last convolution; 32 in the official models.
-        activation: the last one. `relu`: official, here positive at the start; `softplus`: smooth.
+        activation: the last one. `relu`: official, here positive at the start; `softplus`: smooth;
+            `sigmoid`: of metric models, a share of the largest depth.
 
     Raises:
         ValueError: an unknown activation, odd features, or not four out_channels.
@@ -38,7 +43,7 @@ class DPTHead(nn.Module):
         features: int,
         out_channels: Sequence[int],
         hidden: int,
-        activation: Literal["relu", "softplus"],
+        activation: Literal["relu", "softplus", "sigmoid"],
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -76,7 +81,7 @@ class DPTHead(nn.Module):
         self.scratch["output_conv2"] = nn.Sequential(nn.Conv2d(features // 2, hidden, 3, padding=1), nn.ReLU(), last)
 
     def forward(self, taps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Disparity, affine-invariant, >= 0, larger is nearer.
+        """Disparity, affine-invariant, >= 0, larger is nearer; with sigmoid depth in [0, 1], larger is farther.
 
         Args:
             taps: four (B, C, h, w) maps, shallow to deep.

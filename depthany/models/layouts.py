@@ -18,8 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from depthany.models.encoder import rename_swiglu
-
 FILES = (  # of a model folder, by preference
     "model.safetensors",
     "model.safetensors.index.json",
@@ -144,6 +142,11 @@ def find_copy(content: Mapping[str, Any], *, source: str) -> Copy:
     """
     copies: list[Copy] = []
     loose: list[str] = []
+    if any("conditional_log_binomial" in key for _, entries in _mappings(content) for key in entries):
+        raise ValueError(
+            f"{source} is a metric model of Depth Anything V1 (ZoeDepth), which is another network: take the relative "
+            "model, or a metric one of V2"
+        )
     for name, entries in _mappings(content):
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in entries.items():
@@ -161,8 +164,6 @@ def find_copy(content: Mapping[str, Any], *, source: str) -> Copy:
         return found[0]
     if found:
         raise ValueError(f"{source} holds several models, under {', '.join(c.where for c in found)}: save one alone")
-    if any("conditional_log_binomial" in key for key in loose):
-        raise ValueError(f"{source} is a metric model of Depth Anything V1 (ZoeDepth): {_METRIC}")
     if any(key.endswith(("pos_embed", "position_embeddings")) for key in loose):
         raise ValueError(
             f"{source} holds an encoder without a depth head: a model starts from it by model.pretrained=FILE"
@@ -174,7 +175,39 @@ def find_copy(content: Mapping[str, Any], *, source: str) -> Copy:
     )
 
 
-_METRIC = "it gives metric depth, not disparity, and is no teacher of relative depth; take the relative model"
+_PATCHES = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # timm's and DINOv2's; theirs
+
+
+def find_encoder(content: Mapping[str, Any], *, source: str) -> dict[str, Tensor]:
+    """The ViT in a file's content, under any wrapper and prefix: an encoder's own file, or a part of a larger model.
+
+    Of several the averaged one is taken (DINOv2's training calls it teacher). Names of transformers become DINOv2's.
+    What is recognised by neither name is handed on as it lies there, for timm to know.
+
+    Raises:
+        ValueError: no state dict, or several encoders.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for name, entries in _mappings(content):
+        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+        whole = whole or {key.removeprefix("module."): value for key, value in tensors.items()}
+        for key in tensors:
+            if suffix := next((patches for patches in _PATCHES if key.endswith(patches)), None):
+                prefix = key.removesuffix(suffix)
+                place = f"{name}: {prefix}".strip(": ")
+                found[place] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if not whole:
+        raise ValueError(f"{source} holds no state dict (names -> tensors)")
+    averaged = [place for place in found if {"ema", "averaged", "teacher"} & set(re.split(r"[^a-z]+", place.lower()))]
+    places = averaged or [place for place in found if not place.startswith("current_model_state")]
+    if len(places) > 1:
+        raise ValueError(f"{source} holds several encoders, under {', '.join(places)}: save one alone")
+    state = found[places[0]] if places else whole
+    if _PATCHES[1] in state:
+        state = from_hugging_face({f"backbone.{key}": value for key, value in state.items()})
+        state = {key.removeprefix("pretrained.").removeprefix("backbone."): value for key, value in state.items()}
+    return state
 
 
 def _mappings(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -204,6 +237,15 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     state = from_hugging_face(state) if is_hugging_face(state) else state
     kept = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
     return rename_swiglu(kept), sorted(state.keys() - kept.keys())
+
+
+def rename_swiglu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's giant MLP (`w12`, `w3`) under timm's names (`fc1`, `fc2`).
+
+    Both compute `fc2(silu(a) * b)` with `a, b` the first and second half of `fc1`'s rows (DINOv2
+    layers/swiglu_ffn.py; timm `SwiGLUPacked`, gate_last=False), so no rows move.
+    """
+    return {k.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for k, v in state.items()}
 
 
 def hugging_face_names(depth: int) -> dict[str, str]:
@@ -237,6 +279,7 @@ def hugging_face_names(depth: int) -> dict[str, str]:
 _ENCODER = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
+    "register_tokens": "embeddings.register_tokens",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
@@ -299,10 +342,11 @@ def _depth(state: Mapping[str, Tensor], stem: str) -> int:
 
 
 class Taps(NamedTuple):
-    """What stands in no weight: 0-based tap layers, and attention heads."""
+    """What stands in no weight: 0-based tap layers, attention heads, and of a metric model its largest depth."""
 
     taps: list[int]
     heads: int
+    max_depth: float | None = None  # metres; None: relative
 
 
 def read_config(file: Path) -> Taps | None:
@@ -325,20 +369,26 @@ def read_config(file: Path) -> Taps | None:
             "reassemble_factors": config.get("reassemble_factors", [4, 2, 1, 0.5]),
         }
         stages = backbone.get("out_indices") or [stage.removeprefix("stage") for stage in backbone["out_features"]]
-        taps = Taps([int(stage) - 1 for stage in stages], int(backbone.get("num_attention_heads", 12)))
+        metric = config.get("depth_estimation_type", "relative") == "metric"
+        max_depth = float(config.get("max_depth") or 1) if metric else None
+        taps = Taps([int(stage) - 1 for stage in stages], int(backbone.get("num_attention_heads", 12)), max_depth)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no config of DepthAnythingForDepthEstimation: {error!r}") from error
-    if config.get("depth_estimation_type", "relative") == "metric":
-        raise ValueError(f"{path} describes a metric model: {_METRIC}")
     wanted = ("depth_anything", "dinov2", True, 1e-6, [4, 2, 1, 0.5])
     if other := {key: value for (key, value), want in zip(told.items(), wanted, strict=True) if value != want}:
         raise ValueError(f"{path} describes another model than DepthAnythingForDepthEstimation on DINOv2: {other}")
     return taps
 
 
+def _names(file: Path) -> list[str]:
+    """A file's own name, its folder's, and in the hub's cache (models--OWNER--NAME/snapshots/REVISION/) its model's."""
+    model = [file.parts[-4]] if len(file.parts) > 3 and file.parts[-4].startswith("models--") else []
+    return [name.lower() for name in (file.name, file.parent.name, *model)]
+
+
 def version_in_name(file: Path) -> Literal["V1", "V2"] | None:
     """Which Depth Anything a file says it is, by its own name or its folder's."""
-    for name in (file.name.lower(), file.parent.name.lower()):
+    for name in _names(file):
         if re.search(r"(?<![a-z0-9])v2(?![0-9])", name):
             return "V2"
         if re.search(r"(?<![a-z0-9])v1(?![0-9])|depth[_-]anything[_-](vit[sbl]14|small|base|large)", name):
@@ -346,19 +396,41 @@ def version_in_name(file: Path) -> Literal["V1", "V2"] | None:
     return None
 
 
-def refuse_metric(file: Path, content: Mapping[str, Any]) -> None:
-    """The metric models of V2 have the names of the relative ones: file name and training leavings tell them apart.
+# The metric models of V2 (metric_depth/README.md of the official code), whose sigmoid ends at so many metres.
+MAX_DEPTHS = {"hypersim": 20.0, "indoor": 20.0, "vkitti": 80.0, "outdoor": 80.0}
+
+
+def max_depth_in_name(file: Path, content: Mapping[str, Any]) -> float | None:
+    """The largest depth in metres of a metric model of V2; None for a relative model.
+
+    Both have the same names and shapes: file name and training leavings tell them apart, and the name the range.
 
     Raises:
-        ValueError: it is a metric model.
+        ValueError: a metric model whose name does not say its largest depth.
     """
     best = content.get("previous_best")  # what metric_depth/train.py of the official code stores beside its weights
-    if re.search(r"(?<![a-z])metric(?![a-z])", file.name.lower()) or (isinstance(best, Mapping) and "silog" in best):
-        raise ValueError(f"{file} is a metric model of Depth Anything V2: {_METRIC}")
+    metric = isinstance(best, Mapping) and "silog" in best
+    for name in _names(file):
+        words = set(re.split(r"[^a-z]+", name))
+        depths = {depth for word, depth in MAX_DEPTHS.items() if word in words}
+        metric |= name == file.name.lower() and "metric" in words
+        if len(depths) == 1 and (metric or "metric" in words):
+            return depths.pop()
+    if metric:
+        raise ValueError(
+            f"{file} is a metric model of Depth Anything V2, and its name does not say up to which depth: put hypersim "
+            f"(20 m) or vkitti (80 m) into it, or name its Hugging Face folder, whose config.json says max_depth"
+        )
+    return None
 
 
 def describe(
-    state: Mapping[str, Tensor], *, told: Taps | None, version: Literal["V1", "V2"], source: str
+    state: Mapping[str, Tensor],
+    *,
+    told: Taps | None,
+    version: Literal["V1", "V2"],
+    source: str,
+    max_depth: float | None = None,
 ) -> dict[str, Any]:
     """Arguments of DepthModel, less `pretrained`, read off the shapes of a state dict under our names.
 
@@ -367,6 +439,7 @@ def describe(
         told: tap layers and heads, where a config says them.
         version: the taps where none does: V1 the last four blocks, V2 as in `OFFICIAL`.
         source: what to call the state in an error.
+        max_depth: metres at which a metric model ends, where no config says it; None: relative.
 
     Raises:
         ValueError: keys that tell a size are missing or of another rank (all listed), or an encoder of which only a
@@ -391,7 +464,7 @@ def describe(
         )
     if told is None:
         last_four = list(range(depth - 4, depth))
-        told = Taps(list(OFFICIAL[name]["taps"]) if version == "V2" else last_four, width // 64)
+        told = Taps(list(OFFICIAL[name]["taps"]) if version == "V2" else last_four, width // 64, max_depth)
     if (depth, shape["fc1"][0]) != (known_depth, known_mlp):
         name = "vitg" if shape["fc1"][0] == 2 * shape["fc2"][1] else "vits"  # whose MLP it has
     same_encoder = (depth, shape["fc1"][0], width) == (known_depth, known_mlp, told.heads * 64)
@@ -413,4 +486,5 @@ def describe(
         "out_channels": [shape[f"project{i}"][0] for i in range(4)],
         "hidden": shape["hidden"][0],
         "input_size": size,
+        **({} if told.max_depth is None else {"activation": "sigmoid", "max_depth": told.max_depth}),
     }

@@ -20,9 +20,9 @@ from depthany.models.layouts import (
     describe,
     find_copy,
     is_hugging_face,
+    max_depth_in_name,
     read_config,
     read_plain,
-    refuse_metric,
     to_ours,
     version_in_name,
     weight_file,
@@ -92,12 +92,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -> tuple[DepthModel, dict[str, str]]:
     """The model of a weight file of any known layout, and what the file says of itself; executes no code.
 
-    Known are depthany's .safetensors and training checkpoints, the official files of Depth Anything V1 and V2
-    (relative), and `DepthAnythingForDepthEstimation` of transformers 4 and 5, as a folder or a single file, each as
-    .safetensors or torch file, under any wrapper (`{"model": ...}`) and prefix (`module.`), with averaged copies (taken
-    rather than the others) and in any precision. Encoder, widths and taps are read off the file. Official files do not
-    say their taps: they go by the name (`depth_anything_v2_*`, `depth_anything_vits14`), and are V2's, with a warning,
-    where it says neither.
+    Known are depthany's .safetensors and training checkpoints, the official files of Depth Anything V1 (relative) and
+    V2 (relative and metric), and `DepthAnythingForDepthEstimation` of transformers 4 and 5, as a folder or a single
+    file, each as .safetensors or torch file, under any wrapper (`{"model": ...}`) and prefix (`module.`), with averaged
+    copies (taken rather than the others) and in any precision. Encoder, widths and taps are read off the file. Official
+    files do not say their taps: they go by the name (`depth_anything_v2_*`, `depth_anything_vits14`), and are V2's,
+    with a warning, where it says neither. The range of a metric file goes by its name too (`_metric_hypersim_`: 20 m,
+    `_metric_vkitti_`: 80 m).
 
     The weights are on the CPU, in the dtype they were saved in.
 
@@ -111,8 +112,8 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
         `facts`.
 
     Raises:
-        ValueError: no such file, another layout, a metric model, keys that do not fit (all listed), or content that
-            would have to be executed.
+        ValueError: no such file, another layout, a metric model of V1 or of unknown range, keys that do not fit (all
+            listed), or content that would have to be executed.
     """
     file = weight_file(Path(path)) if Path(path).is_dir() else Path(path)
     metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
@@ -121,7 +122,6 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
         model = _build(metadata[CONFIG_KEY], source=file)
         load_strictly(model, content, source=str(file), assign=True)
         return model, metadata
-    refuse_metric(file, content)
     copy = find_copy(content, source=str(file))
     state, unused = to_ours(copy.state)
     state |= dict.fromkeys(copy.beside, torch.empty(0))  # listed by the strict load
@@ -139,7 +139,8 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
     if config is None:
         told = read_config(file) if layout == "Hugging Face" else None
         version = version_in_name(file)
-        config = describe(state, told=told, version=version or "V2", source=str(file))
+        max_depth = max_depth_in_name(file, content) if told is None else None
+        config = describe(state, told=told, version=version or "V2", source=str(file), max_depth=max_depth)
         if told is None and version is None:
             warnings.warn(
                 f"{file} does not say its tap layers and its name says neither v1 nor v2: those of V2 are taken, "
@@ -157,6 +158,11 @@ def _build(config: Mapping[str, Any] | str, *, source: Path) -> DepthModel:
     try:
         arguments = json.loads(config) if isinstance(config, str) else config
         with torch.device("meta"):  # no time and no random numbers for values that are replaced
-            return DepthModel(**{**arguments, "pretrained": False})
+            model = DepthModel(**{**arguments, "pretrained": False})
     except (TypeError, ValueError, RuntimeError) as err:
         raise ValueError(f"{source} describes a model that cannot be built: {err}") from err
+    for module in model.modules():  # what no file stores, as the periods of rotary positions, is computed
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            module.init_non_persistent_buffers()  # type: ignore[operator]  # timm's
+    return model

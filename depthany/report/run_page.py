@@ -63,14 +63,14 @@ def write_run_page(
     if rows:
         page.section("Result")
         _add_result(page, rows, models)
-    side = _picture_side([*validation, *pseudo_labels])
+    side = picture_side([*validation, *pseudo_labels])
     if validation:
         page.section("Validation images")
         page.paragraph(
             "Red is near, blue is far, dark grey has no label (sky, for one). Predictions are "
             "aligned to the truth and share its colour scale."
         )
-        _add_panels(page, validation, side)
+        add_panels(page, validation, side)
     if pseudo_labels:
         page.section("Pseudo-labels")
         page.paragraph(
@@ -78,7 +78,7 @@ def write_run_page(
             "the share of pixels with the largest loss, which the data term ignores as probably "
             "mislabelled. Each map has its own colour scale."
         )
-        _add_panels(page, pseudo_labels, side)
+        add_panels(page, pseudo_labels, side)
     _add_curves(page, read_metrics(run_dir / "metrics.csv"))
     page.section("Skipped samples")
     _add_skipped(page, skipped)
@@ -198,7 +198,7 @@ def _add_result(page: Page, rows: Sequence[Mapping[str, Any]], models: Sequence[
     )
 
 
-def _picture_side(panels: Sequence[Panel]) -> int:
+def picture_side(panels: Sequence[Panel]) -> int:
     """The largest side with which all pictures together stay within PICTURES_BYTES."""
     images = [image for panel in panels for _, image in panel.images]
     for side in PICTURE_SIDES_PX:
@@ -207,7 +207,8 @@ def _picture_side(panels: Sequence[Panel]) -> int:
     return PICTURE_SIDES_PX[-1]
 
 
-def _add_panels(page: Page, panels: Sequence[Panel], side: int) -> None:
+def add_panels(page: Page, panels: Sequence[Panel], side: int) -> None:
+    """Adds the panels, those of a source below its name, each picture with the given largest side in pixels."""
     for source, group in groupby(panels, key=lambda panel: panel.title.partition("/")[0]):
         page.subsection(source)
         for panel in group:

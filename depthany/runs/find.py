@@ -1,8 +1,9 @@
-"""Which weights are meant: a file or folder of any layout, a run folder, or the last finished run."""
+"""Which weights are meant: a file or folder of any layout, a run folder, a hub's model, or the last finished run."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -13,18 +14,48 @@ from depthany.callbacks.record import WEIGHTS, finished_runs, read_record
 from depthany.config.check import ConfigError
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
-from depthany.models.layouts import weight_file
+from depthany.models.layouts import SUFFIXES, weight_file
 from depthany.models.weights import load_weights, weights_hash
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    device: str = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Predictor:
+    """A model for use, from weights of any layout: a module that maps images to disparity, and photos to maps.
+
+    Encoder size, tap layers and head are read off the weights, see `depthany.models.weights.load_weights`. Nothing in a
+    file is executed.
+
+    Args:
+        path_or_name: a run folder, a weights file of any layout (depthany, official V1 and V2, Hugging Face), a Hugging
+            Face folder, the name of a model of the hub (`depth-anything/Depth-Anything-V2-Small-hf`), taken from the
+            hub's cache or else fetched, or `last`: the newest finished run under `runs/`.
+        device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.
+        precision: of the network's arithmetic; the output is float32 either way.
+
+    Returns:
+        A `Predictor`, in evaluation. `model(images)` maps ImageNet-normalised images (B, 3, H, W), sides multiples of
+        `patch_size`, to (B, H, W): disparity, or metres where `space` is metric. `model.predict(image)` takes a photo.
+
+    Raises:
+        ConfigError: no such weights, none that are known, or no such device; the message tells the way out.
+    """
+    model, _ = open_weights(find_weights(str(path_or_name), Path("runs"), stage=None))
+    return Predictor(model=model, device=find_device(device), precision=precision)
 
 
 def find_weights(
     spec: str, runs: Path, *, stage: str | None, data: str | None = None, debug: str | None = None
 ) -> Path:
-    """The weights file that `spec` names: a file, a run folder, a Hugging Face folder, or last.
+    """The weights file that `spec` names: a file, a run folder, a Hugging Face folder, a model of the hub, or last.
 
     Args:
-        spec: a path, or last: the last finished run of the stage, one with the same debug choice before others,
-            then one on the same data. A run folder without final weights stands for its newest whole checkpoint.
+        spec: a path, the name of a model of the hub (from its cache, else fetched), or last: the last finished run of
+            the stage, one with the same debug choice before others, then one on the same data. A run folder without
+            final weights stands for its newest whole checkpoint.
         runs: where run folders are.
         stage: teacher, student, or None for either.
         data: name of the data set to prefer.
@@ -39,8 +70,8 @@ def find_weights(
     if not found:
         what = stage or "run"
         raise ConfigError(
-            f"no finished {what} under {runs}: run `python -m depthany.train stage={stage or 'teacher'}` first, set "
-            f"paths.runs to where it is, or name its weights (task.teacher_ckpt=, teacher= or checkpoint=)"
+            f"no finished {what} under {runs}: run `python -m depthany.train stage={stage or 'teacher'}` first, "
+            f"set paths.runs to where it is, or name its weights (task.teacher_ckpt, teacher, checkpoint, --checkpoint)"
         )
     like = {
         run: 2 * (record.get("debug") == debug) + (record.get("data") == data)
@@ -53,13 +84,33 @@ def find_weights(
 def _file(spec: str) -> Path:
     if Path(spec).is_file():
         return Path(spec)
-    hub = ""
+    told = ""
     if re.fullmatch(r"[\w-]+/[\w.-]+", spec) and not Path(spec).parent.exists():
-        hub = f"; a model of the hub is downloaded first: hf download {spec} --local-dir FOLDER"
+        try:
+            return _from_hub(spec)
+        except Exception as error:  # a network raises anything
+            told = f"; as a model of the hub it could not be had ({str(error).splitlines()[0].rstrip('.')}): connect "
+            told += f"once, or fetch it elsewhere (hf download {spec} --local-dir FOLDER) and name that folder"
     raise ConfigError(
         f"{spec} is neither a file nor a folder: name a run folder, a weights file of any layout (depthany, official, "
-        f"Hugging Face), a Hugging Face folder, or last{hub}"
+        f"Hugging Face), a Hugging Face folder, or last{told}"
     )
+
+
+def _from_hub(name: str) -> Path:
+    """The weights file of a model of the hub, from the hub's cache where it is there."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    def get(kind: str, *, cached: bool) -> Path:
+        wanted = ["*.json", f"*{kind}"]
+        return weight_file(Path(snapshot_download(name, allow_patterns=wanted, local_files_only=cached)))
+
+    for kind in SUFFIXES:
+        with suppress(OSError, ValueError):  # not there, or not whole
+            if kind in (file := get(kind, cached=True)).name:
+                return file
+    there = list_repo_files(name)
+    return get(next((kind for kind in SUFFIXES if any(file.endswith(kind) for file in there)), ""), cached=False)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -93,10 +144,14 @@ def run_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is no config of a run: {error}") from error
 
 
-def open_weights(path: Path) -> tuple[DepthModel, dict[str, str]]:
+def open_weights(path: Path, *, relative: bool = False) -> tuple[DepthModel, dict[str, str]]:
     """The model of a weights file of any layout, in float32, and what the file says of itself.
 
     A training checkpoint gives the weights that a finished run would keep: the averaged ones, where there are any.
+
+    Args:
+        path: the file.
+        relative: refuse a metric model, for whom the output must be disparity: labels, training, scores.
 
     Raises:
         ConfigError: it is no weights file that is known; the message says why.
@@ -107,6 +162,11 @@ def open_weights(path: Path) -> tuple[DepthModel, dict[str, str]]:
         model, metadata = load_weights(path, config=model_config or None)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if relative and model.space == "metric":
+        raise ConfigError(
+            f"{path} is a metric model (metres up to {model.max_depth:g}), and labels, training and scores are of "
+            "disparity: take the relative model. predict and export take this one"
+        )
     if "task" in run:
         metadata["stage"] = "student" if run["task"]["_target_"].endswith("StudentTask") else "teacher"
     metadata["precision"] = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
@@ -114,10 +174,24 @@ def open_weights(path: Path) -> tuple[DepthModel, dict[str, str]]:
 
 
 def open_model(spec: str, runs: Path, *, device: str, stage: str | None) -> tuple[Predictor, str, Path]:
-    """A predictor, its name (stage and hash of the weights) and its file."""
+    """A predictor of disparity, its name (stage and hash of the weights) and its file."""
     path = find_weights(spec, runs, stage=stage)
-    model, metadata = open_weights(path)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, metadata = open_weights(path, relative=True)
     name = f"{metadata.get('stage', 'model')}-{weights_hash(model)[:8]}"
-    return Predictor(model=model, device=device, precision="fp32"), name, path
+    return Predictor(model=model, device=find_device(device), precision="fp32"), name, path
+
+
+def find_device(device: str) -> str:
+    """A device of torch; auto: a GPU where there is one.
+
+    Raises:
+        ConfigError: this machine or this torch has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used ({told}): take auto or cpu") from error
+    return device

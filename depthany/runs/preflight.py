@@ -29,6 +29,7 @@ from depthany.data.order import global_batch, share_of
 from depthany.data.sources.packed import ANY, Packed, Shards
 from depthany.data.sources.scenes import Scenes
 from depthany.data.storage import is_remote
+from depthany.inference.memory import free_bytes
 from depthany.inference.predictor import Predictor
 from depthany.losses.total import WeightedSum
 from depthany.models.depth_model import DepthModel
@@ -377,7 +378,7 @@ class Preflight:
         """Weights, gradients and moments of the first model, weights of the others; activations show in the steps."""
         sizes = [4 * sum(p.numel() for p in model.parameters()) for model in models]
         need = sizes[0] * (5 if self.averaged else 4) + sum(sizes[1:])
-        free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else _free_memory()
+        free = free_bytes(self.device)
         text = f"{_size(need)} for weights, gradients and moments" + (f", {_size(free)} free" if free else "")
         if free and need > free:
             return Finding("FAIL", "memory", f"{text}: take a smaller model or a larger device")
@@ -564,12 +565,3 @@ def _size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:,.3g} TB" if number < 1000 else f"{number:,.0f} TB"
-
-
-def _free_memory() -> int | None:
-    """Bytes of memory that processes may still take; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)

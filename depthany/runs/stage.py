@@ -144,6 +144,8 @@ class Stage:
             write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.plan = build(cfg.optim)
         model = build(cfg.model)  # before data are packed: what it or the loss refuses is told at once
+        if model.space == "metric":
+            raise ConfigError("model.activation=sigmoid: metric models are used, not trained; take relu or softplus")
         loss = WeightedSum(terms=build(cfg.loss))
         whose = "teacher"
         if self.name == "student":
@@ -219,7 +221,7 @@ class Stage:
         if not stored or cfg.task.teacher_ckpt != "last":  # labels that are there do not need their teacher
             spec = known if Path(known).is_file() else cfg.task.teacher_ckpt
             path = find_weights(spec, Path(cfg.paths.runs), stage="teacher", data=self.data.name, debug=choice("debug"))
-            teacher, file = open_weights(path)[0], str(path.resolve())
+            teacher, file = open_weights(path, relative=True)[0], str(path.resolve())
         elif (cfg.loss.get("feature") or {}).get("weight") and not cfg.model.pretrained:
             raise ConfigError("feature alignment needs the teacher itself: name its weights as task.teacher_ckpt")
         name = stored or teacher_name(teacher)
@@ -372,7 +374,8 @@ class Stage:
             models = {"teacher": self.teacher.eval().cpu(), **models}
         predictors = {name: (lambda batch, m=m: m(batch["image"])) for name, m in models.items()}
         size, multiple = model.input_size, model.patch_size
-        rows = score_all(baselines(self.data) | predictors, self.data, size=size, multiple=multiple)
+        trivial = baselines(self.data) if self.data.validation else {}  # the mean map reads every labelled image
+        rows = score_all(trivial | predictors, self.data, size=size, multiple=multiple)
         page = write_run_page(
             self.run_dir,
             models=list(models),
@@ -459,7 +462,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in dict.fromkeys([*old, *new]):
-            if key in ("root", "labels_root", "cache", "num_workers", "start_method"):
+            if key in ("root", "labels_root", "shards", "index_root", "cache", "num_workers", "start_method"):
                 continue
             found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 from depthany.geometry.alignment import scale_and_shift
 from depthany.losses.total import WeightedSum
 from depthany.metrics.affine import DepthScores, affine_invariant_depth
+from depthany.metrics.edges import edge_scores
 from depthany.models.depth_model import DepthModel
 from depthany.optim.plan import OptimPlan
 from depthany.types import DepthBatch, EvalBatch, Target
@@ -116,9 +117,18 @@ def at_label_size(pred: Tensor, batch: EvalBatch) -> Tensor:
 
 
 def score(pred: Tensor, batch: EvalBatch, max_depth: float | None) -> dict[str, Tensor]:
-    """Scores of one prediction (1, H, W) against a label (1, h, w), compared at the label's size."""
-    floor = None if max_depth is None else 1 / max_depth
+    """Scores of one prediction (1, H, W) against a label (1, h, w), compared at the label's size.
+
+    Pixels beyond `max_depth` are left out; it is in metres, whatever factor the label's disparity has.
+    """
+    floor = None if max_depth is None else batch["factor"] / max_depth
     return affine_invariant_depth(at_label_size(pred, batch), batch["disparity"], batch["valid"], min_disparity=floor)
+
+
+def sharpness(pred: Tensor, batch: EvalBatch, max_depth: float | None) -> dict[str, Tensor]:
+    """Edge scores of one prediction, arguments as for `score`."""
+    floor = None if max_depth is None else batch["factor"] / max_depth
+    return edge_scores(at_label_size(pred, batch), batch["disparity"], batch["valid"], min_disparity=floor)
 
 
 def fitted(pred: Tensor, batch: EvalBatch) -> Tensor:

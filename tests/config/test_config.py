@@ -327,7 +327,7 @@ def test_help_lists_every_option(verb: str, overrides: list[str]) -> None:
 
 def test_help_explains_and_names_the_choices() -> None:
     text = help_text("train", "about", ["stage=student"])
-    assert re.search(r"^  model +tiny, vitb, vitg, vitl, vits$", text, re.MULTILINE)
+    assert re.search(r"^  model +tiny, vitb, vitg, vitl, vitl_dinov3, vits$", text, re.MULTILINE)
     assert re.search(r"^  stage +student, teacher$", text, re.MULTILINE)
     assert re.search(r"^  experiment +.*real_sample", text, re.MULTILINE)
     assert re.search(r"^  model\.input_size=56 +\S", text, re.MULTILINE)

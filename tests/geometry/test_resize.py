@@ -8,6 +8,7 @@ from depthany.geometry.resize import (
     Crop,
     crop_image,
     crop_pixels,
+    fit_size,
     lower_bound_size,
     network_input,
     resize_image,
@@ -199,3 +200,20 @@ def test_the_network_input_is_the_predictors():
                 predictor.network_input(image, input_size=size)
         else:
             assert np.array_equal(network_input(image, **given), predictor.network_input(image, input_size=size))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(500, 20000), (20000, 500), (3000, 4000), (518, 518), (1, 10**7), (10**7, 1), (1, 1)]
+)
+@pytest.mark.parametrize("budget", [196, 300_000, 4_000_000])
+def test_a_budget_is_kept_and_so_is_the_shape(height, width, budget):
+    official = lower_bound_size(height, width, size=518, multiple=14)
+    h, w = fit_size(height, width, size=518, multiple=14, max_pixels=budget)
+    assert h * w <= budget and h % 14 == w % 14 == 0 and min(h, w) >= 14
+    if official[0] * official[1] <= budget:
+        assert (h, w) == official
+    elif min(h, w) > 14 * 10:  # sides of many patches: rounding says little
+        assert h / w == pytest.approx(height / width, rel=0.1)
+        assert h * w > 0.8 * budget
+    with pytest.raises(ValueError, match="less than one patch"):
+        fit_size(height, width, size=518, multiple=14, max_pixels=195)

@@ -1,9 +1,17 @@
 """A real small model on photos of any shape."""
 
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from depthany.data.files import read_image
+from depthany.geometry.pictures import EXIF_ORIENTATION
 from depthany.geometry.resize import lower_bound_size
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
@@ -80,13 +88,91 @@ def test_weights_stored_in_half_precision_work(model: DepthModel) -> None:
     assert depth.valid.all()
 
 
-def test_a_thin_strip_is_refused_with_the_way_out(model: DepthModel) -> None:
+def test_a_thin_strip_gets_a_smaller_input(model: DepthModel) -> None:
     h, w = lower_bound_size(10, 500, size=56, multiple=8)
     fits = Predictor(model=model, device="cpu", precision="fp32", max_pixels=h * w)
-    assert fits.predict(photo(10, 500), input_size=None).disparity.shape == (10, 500)
-    tight = Predictor(model=model, device="cpu", precision="fp32", max_pixels=h * w - 1)
+    assert (
+        fits.input_shape(10, 500, input_size=None)
+        == (h, w)
+        == fits.network_input(photo(10, 500), input_size=None).shape[:2]
+    )
+    tight = Predictor(model=model, device="cpu", precision="fp32", max_pixels=h * w // 4)
+    small = tight.input_shape(10, 500, input_size=None)
+    assert 0.8 * h * w / 4 < small[0] * small[1] <= h * w // 4 and small[0] < h
+    depth = tight.predict(photo(10, 500))
+    assert depth.values.shape == (10, 500) and depth.valid.all()
     with pytest.raises(ValueError, match=r"--input-size .* --max-pixels"):
-        tight.predict(photo(10, 500), input_size=None)
+        tight.network_input(photo(10, 500), input_size=None)
+
+
+def test_it_is_a_module_with_a_gradient(model: DepthModel) -> None:
+    predictor = Predictor(model=DepthModel(**model.config()), device="cpu", precision="fp32")
+    assert not predictor.model.training and predictor.device.type == "cpu"
+    assert (predictor.input_size, predictor.patch_size, predictor.space) == (56, 8, "disparity")
+    images = torch.rand(2, 3, 56, 64, requires_grad=True)
+    maps = predictor(images)
+    assert maps.shape == (2, 56, 64) and maps.dtype == torch.float32
+    maps.sum().backward()
+    assert images.grad is not None and images.grad.abs().max() > 0
+
+
+ODD: dict[str, Callable[[], Image.Image]] = {
+    "grey": lambda: Image.fromarray(photo(30, 40)[..., 0]),
+    "16-bit": lambda: Image.fromarray(photo(30, 40)[..., 0].astype(np.uint16) * 257),
+    "cmyk": lambda: Image.fromarray(photo(30, 40)).convert("CMYK"),
+    "alpha": lambda: Image.fromarray(np.concatenate([photo(30, 40), photo(30, 40)[..., :1]], -1)),
+    "palette": lambda: Image.fromarray(photo(30, 40)).quantize(16),
+    "bits": lambda: Image.fromarray(photo(30, 40)[..., 0] > 99),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_arrays_pictures_and_files_are_one(predictor: Predictor, kind: str, tmp_path: Path) -> None:
+    picture, path = ODD[kind](), tmp_path / "a.tiff"
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    picture.save(path, exif=exif)
+    upright = read_image(path.read_bytes())
+    assert upright.shape == (40, 30, 3)
+    expected = predictor.predict(upright).values
+    assert (predictor.predict(path).values == expected).all()
+    assert (predictor.predict(Image.open(BytesIO(path.read_bytes()))).values == expected).all()
+
+
+def test_files_that_are_no_photos_are_named(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not a photo")
+    for name in ("gone.jpg", "text.jpg"):
+        with pytest.raises(ValueError, match=name):
+            predictor.predict(tmp_path / name)
+
+
+def test_the_official_sampling_and_the_smoother_one(predictor: Predictor) -> None:
+    stripes = np.repeat((np.arange(400) % 2 * 255).astype(np.uint8)[None, :, None], 300, axis=0).repeat(3, axis=2)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    official, smooth = (predictor.network_input(stripes, input_size=60, antialias=flag) for flag in (False, True))
+    resized = cv2.resize(stripes / 255.0, (80, 64), interpolation=cv2.INTER_CUBIC)  # as infer_image does
+    assert official.shape == (64, 80, 3) and np.allclose(official, (resized - mean) / std, atol=1e-5)
+    assert np.abs(smooth * std + mean - 0.5).max() < 0.11 < np.abs(official * std + mean - 0.5).max()
+
+
+def test_maps_do_not_depend_on_their_batch(predictor: Predictor) -> None:
+    photos = [photo(40, 70), photo(40, 70)[::-1].copy(), photo(80, 140)]
+    inputs = [predictor.network_input(image, input_size=None) for image in photos]
+    together = predictor.predict_batch(inputs, [image.shape[:2] for image in photos])
+    for image, depth in zip(photos, together, strict=True):
+        np.testing.assert_allclose(depth.values, predictor.predict(image).values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_confidence_is_the_agreement_with_the_mirrored_photo(predictor: Predictor) -> None:
+    image = photo(56, 64)
+    depth = predictor.predict(image, confidence=True)
+    assert depth.confidence is not None and depth.confidence.shape == (56, 64)
+    assert 0 <= depth.confidence.min() < depth.confidence.max() <= 1
+    other = predictor.predict(image[:, ::-1].copy()).values[:, ::-1]
+    scale, shift = np.polyfit(other.ravel(), depth.values.ravel(), 1)
+    left = np.abs(depth.values - scale * other - shift) / np.ptp(depth.values)
+    np.testing.assert_allclose(depth.confidence, 1 - left, atol=1e-3)
+    assert (depth.values == predictor.predict(image).values).all() and predictor.predict(image).confidence is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from depthany.inference.rendering import INVALID_GREY, colorize, side_by_side
+from depthany.inference.depth_map import DepthMap
+from depthany.inference.rendering import INVALID_GREY, colorize, paint, side_by_side
 
 
 def test_colours_are_those_of_the_official_script() -> None:
@@ -49,3 +50,10 @@ def test_side_by_side_keeps_every_pixel() -> None:
     assert joined.shape == (6, 10, 3)
     assert (joined[:4, :3] == left).all() and (joined[:, 8:] == right).all()
     assert (joined[:, 3:8] == 255).all() and (joined[4:, :3] == 255).all()
+
+
+def test_near_has_one_colour_whatever_the_map_holds() -> None:
+    values, valid = np.array([[1.0, 2.0, 4.0]], np.float32), np.ones((1, 3), bool)
+    for cmap, far, near in (("gray", 0, 255), ("gray_r", 255, 0)):
+        assert paint(DepthMap(values, valid), cmap=cmap)[0, [0, 2], 0].tolist() == [far, near]
+        assert paint(DepthMap(values, valid, "metric"), cmap=cmap)[0, [0, 2], 0].tolist() == [near, far]

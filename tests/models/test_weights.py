@@ -338,21 +338,68 @@ def test_what_is_missing_or_left_over_is_listed(tmp_path: Path, small: dict[str,
         load_weights(tmp_path / "v2.pth")
 
 
-def test_metric_models_are_no_teachers(tmp_path: Path, small: dict[str, Tensor]) -> None:
-    torch.save(small, tmp_path / "depth_anything_v2_metric_hypersim_vits.pth")
-    torch.save({"model": small, "previous_best": {"d1": 0.9, "silog": 0.1}}, tmp_path / "latest.pth")
-    zoe = {f"core.core.{k}": v for k, v in small.items() if k.startswith("pretrained")}
-    zoe["conditional_log_binomial.mlp.0.weight"] = torch.zeros(3)
-    torch.save({"model": zoe}, tmp_path / "depth_anything_metric_depth_indoor.pt")
+def test_metric_models_of_v2_give_metres(tmp_path: Path, small: dict[str, Tensor]) -> None:
+    """max_depth * sigmoid, by the file's name or the config; the same keys without either are a relative model."""
+    files = {
+        "depth_anything_v2_metric_hypersim_vits.pth": 20.0,
+        "Depth-Anything-V2-Metric-VKITTI-Small/pytorch_model.bin": 80.0,
+        "hf": 42.0,
+        "latest-vkitti.pth": 80.0,
+        "asymmetric_v2_hypersim.pth": None,
+    }
+    for name in list(files)[:2] + list(files)[4:]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(small, tmp_path / name)
+    torch.save({"model": small, "previous_best": {"d1": 0.9, "silog": 0.1}}, tmp_path / "latest-vkitti.pth")
     config = hugging_face_config(width=384, depth=12, heads=6, taps=(2, 5, 8, 11), depth_estimation_type="metric")
-    write_config(tmp_path / "hf", config | {"max_depth": 80})
+    write_config(tmp_path / "hf", config | {"max_depth": 42})
     save_file(hugging_face_state(small, transformers=4), tmp_path / "hf" / "model.safetensors")
-    files = ["depth_anything_v2_metric_hypersim_vits.pth", "latest.pth", "depth_anything_metric_depth_indoor.pt", "hf"]
-    for name in files:
-        with pytest.raises(ValueError, match=r"metric.*take the relative model"):
+    image = torch.randn(1, 3, 28, 42)
+    before: list[Tensor] = []  # what the last activation gets
+    for name, max_depth in files.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, _ = load_weights(tmp_path / name)
+        assert same(model, small)
+        assert model.max_depth == max_depth and model.space == ("metric" if max_depth else "disparity")
+        model.depth_head.scratch["output_conv2"][2].register_forward_hook(lambda *args: before.append(args[2][:, 0]))
+        output = model(image)
+        expected = max_depth / (1 + (-before[-1]).exp()) if max_depth else before[-1].clamp(min=0)
+        assert_close(output, expected)
+        save_weights(model, tmp_path / "ours.safetensors", metadata={})
+        again, _ = load_weights(tmp_path / "ours.safetensors")
+        assert torch.equal(again(image), output) and again.config() == model.config()
+
+
+def test_metric_models_that_cannot_be_used_are_told(tmp_path: Path, small: dict[str, Tensor]) -> None:
+    torch.save({"model": small, "previous_best": {"d1": 0.9, "silog": 0.1}}, tmp_path / "latest.pth")
+    torch.save(small, tmp_path / "depth_anything_v2_metric_vits.pth")
+    zoe = {f"core.core.{k}": v for k, v in small.items()} | {"conditional_log_binomial.mlp.0.weight": torch.zeros(3)}
+    torch.save({"model": zoe}, tmp_path / "depth_anything_metric_depth_indoor.pt")
+    told = {
+        "latest.pth": r"put hypersim \(20 m\) or vkitti \(80 m\) into it",
+        "depth_anything_v2_metric_vits.pth": "does not say up to which depth",
+        "depth_anything_metric_depth_indoor.pt": r"V1 \(ZoeDepth\).*take the relative model, or a metric one of V2",
+    }
+    for name, words in told.items():
+        with pytest.raises(ValueError, match=words), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             load_weights(tmp_path / name)
-    (tmp_path / files[0]).rename(tmp_path / "asymmetric_v2.pth")
-    assert same(load_weights(tmp_path / "asymmetric_v2.pth")[0], small)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "vit_small_patch14_reg4_dinov2"])
+def test_encoders_of_other_families_round_trip(tmp_path: Path, tiny: dict[str, Any], name: str) -> None:
+    """What their files do not hold, rotary periods and buffers, is there again."""
+    arguments = {"embed_dim": 48, "num_heads": 3, "depth": 4}
+    model = DepthModel(
+        **tiny | {"encoder": name, "encoder_arguments": arguments, "input_size": 224, "pos_embed": "auto"}
+    )
+    save_weights(model, tmp_path / "m.safetensors", metadata={})
+    loaded, _ = load_weights(tmp_path / "m.safetensors")
+    assert not any(buffer.is_meta for buffer in loaded.buffers())
+    assert loaded.config() == model.config() and loaded.config()["pos_embed"] == "timm"
+    image = torch.randn(1, 3, 3 * model.patch_size, 5 * model.patch_size)
+    assert_close(loaded(image), model(image), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,27 @@
 """Any teacher by one word: run folders, checkpoints, the files and folders of others; errors say what was tried."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import depthany
 from depthany.config.check import ConfigError
-from depthany.models.weights import save_weights, weights_hash
+from depthany.inference.predictor import Predictor
+from depthany.models.weights import load_weights, save_weights, weights_hash
 from depthany.runs.find import find_weights, open_model, open_weights, run_config
 from tests.layouts import SMALL_HEAD, TINY, hugging_face_config, hugging_face_state, official_state, write_config
 from tests.processes import Zygote
@@ -102,10 +115,144 @@ def test_weights_of_others_are_teachers(tmp_path: Path) -> None:
     assert len(names) == 1
 
 
-def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """An official file of ViT-S under a small head."""
+    torch.save(official_state(**SMALL_HEAD), tmp_path / "depth_anything_v2_vits.pth")
+    return tmp_path / "depth_anything_v2_vits.pth"
+
+
+def test_load_model_gives_a_module_for_images_and_photos(official: Path, tmp_path: Path) -> None:
+    model = depthany.load_model(official)
+    assert isinstance(model, torch.nn.Module) and not model.training
+    images = torch.randn(2, 3, 28, 42)
+    expected, _ = open_weights(official)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected.eval()(images))
+        low = depthany.load_model(str(official), device="cpu", precision="bf16")(images)
+    assert low.dtype == torch.float32 and low.shape == (2, 28, 42)
+    assert 0 < (low - model(images)).abs().mean() < 0.1 * low.mean()
+    photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    maps = [model.predict(image, input_size=56).disparity for image in (photo, tmp_path / "photo.png")]
+    assert maps[0].shape == (40, 60) and np.ptp(maps[0]) > 0 and np.array_equal(*maps)
+    with pytest.raises(ConfigError, match=r"device 'cuda:77' cannot be used .*: take auto or cpu"):
+        depthany.load_model(official, device="cuda:77")
+
+
+def test_metric_weights_are_for_use_and_teach_nothing(official: Path) -> None:
+    metric = official.with_name("depth_anything_v2_metric_hypersim_vits.pth")
+    official.rename(metric)
+    model = depthany.load_model(metric)
+    metres = model(torch.randn(1, 3, 28, 28))
+    assert model.space == "metric" and 0 < metres.min() < metres.max() < 20
+    for refuse in (
+        lambda: open_weights(metric, relative=True),
+        lambda: open_model(str(metric), metric.parent, device="cpu", stage="teacher"),
+    ):
+        with pytest.raises(ConfigError, match=r"metric model \(metres up to 20\).*take the relative model"):
+            refuse()
+
+
+class Evil:
+    """What a malicious file holds: loading it makes a folder."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def test_load_model_executes_nothing(tmp_path: Path) -> None:
+    torch.save({"model": official_state(**TINY), "args": Evil(tmp_path / "canary")}, tmp_path / "evil.pth")
+    with pytest.raises(ConfigError, match=r"evil\.pth is not loaded: it holds posix\.mkdir"):
+        depthany.load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_models_of_the_hub_come_from_its_cache(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """V1's own upload says its version in its name alone; the cache keeps it in a folder's name."""
+    cached = tmp_path / "hub" / "models--acme--depth_anything_vits14"
+    snapshot = cached / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (cached / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(snapshot.name)
+    official.rename(cached / "blobs" / "a")
+    (snapshot / "pytorch_model.bin").symlink_to("../../blobs/a")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = depthany.load_model("acme/depth_anything_vits14")
+    assert isinstance(model, Predictor) and model.model.config()["taps"] == [8, 9, 10, 11]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download asks for, over the files of a folder."""
+
+    folder: Path
+    fetched: list[str]
+
+    def do_GET(self) -> None:
+        place, name, revision = self.path.partition("?")[0], self.path.rpartition("/")[2], "a" * 40
+        names = sorted(file.name for file in self.folder.iterdir())
+        said: Any = {"id": "acme/small", "sha": revision, "siblings": [{"rfilename": name} for name in names]}
+        if "/tree/" in place:
+            said = [{"type": "file", "path": name, "size": 1, "oid": "b" * 40} for name in names]
+        content = json.dumps(said).encode() if "/api/" in place else (self.folder / name).read_bytes()
+        self.send_response(200)
+        headers = {"Content-Length": len(content), "Content-Type": "application/json"}
+        for key, value in (headers | {"ETag": f'"{name}"', "X-Repo-Commit": revision}).items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.fetched += [] if "/api/" in place else [name]
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+def test_models_of_the_hub_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kind of file of those that are there; afterwards without the network."""
+    state = hugging_face_state(official_state(**TINY), transformers=4)
+    write_config(tmp_path / "there", hugging_face_config(width=48, depth=4, heads=3, taps=(0, 1, 2, 3)))
+    save_file(state, tmp_path / "there" / "model.safetensors")
+    (tmp_path / "there" / "pytorch_model.bin").write_bytes(b"not wanted")
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "there", "fetched": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.chdir(tmp_path)
+        first = depthany.load_model("acme/small")
+        server.shutdown()
+    assert sorted(handler.fetched) == ["config.json", "model.safetensors"]
+    again = depthany.load_model("acme/small")
+    assert weights_hash(again.model) == weights_hash(first.model) == weights_hash(load_weights(tmp_path / "there")[0])
+
+
+def test_importing_depthany_imports_nothing() -> None:
+    code = "import sys, depthany; assert not {'torch', 'numpy', 'hydra'} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'load_models'"):
+        _ = depthany.load_models  # type: ignore[attr-defined]
+
+
+def test_what_is_no_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     told = {
         str(tmp_path / "none"): "neither a file nor a folder.*Hugging Face folder",
-        "depth-anything/Depth-Anything-V2-Small-hf": "hf download depth-anything/Depth-Anything-V2-Small-hf",
+        "depth-anything/Depth-Anything-V2-Small-hf": "connect once, or .*hf download depth-anything/Depth",
         str(tmp_path): "holds no weights. Tried: model.safetensors .*checkpoints.*0 weight files",
         "last": "no finished run under",
     }

@@ -261,7 +261,7 @@ def test_a_step_that_fails_is_found(tmp_path: Path) -> None:
 
 
 def test_too_large_a_model_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthany.runs.preflight._free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("depthany.runs.preflight.free_bytes", lambda device: 1_000_000)
     checked = preflight(tmp_path, "stage=teacher", "trainer.accelerator=cpu")
     assert checked.run() == 1
     assert "take a smaller model" in faults(checked)["memory"]

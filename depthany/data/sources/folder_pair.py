@@ -77,7 +77,8 @@ class FolderPair(Raw):
         scaled = DepthKind.SCALE if quantity == "disparity" else DepthKind.METRIC
         self.kind = unscaled if scale is None else scaled
         meaning = [quantity, scale, self.invalid, sky, sky_above, focal_px, centre_px, encoding, array]
-        self.options = {"images": images, "depth": depth, "labels": [str(float(value) if isinstance(value, int) else value) for value in meaning]}
+        labels = [str(float(value) if isinstance(value, int) else value) for value in meaning]
+        self.options = {"images": images, "depth": depth, "labels": labels}
 
     def check(self) -> None:
         """Also the two folders."""

@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> None:
     from depthany.config.build import build
     from depthany.data.sources.packed import Shards
     from depthany.runs.find import open_model
-    from depthany.runs.label_devices import device_names, ends_in_a_line, label_on
+    from depthany.runs.label_devices import device_names, ends, label_on
     from depthany.runs.label_job import teacher_name
 
     plan, data = build(cfg.labels), build(cfg.data)
@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.shards:
         name = Path(cfg.shards).name
         sources = [Shards(name=name, root=cfg.shards, labels_root=cfg.labels_root, cache=None)]
-    with ends_in_a_line():
+    with ends():
         for source in sources:
             source.limit = data.limit
             source.prepare()

@@ -3,6 +3,7 @@
 Legend: B batch, H W pixels, h w patches, C channels.
 """
 
+import errno
 from enum import StrEnum
 from typing import NamedTuple, NotRequired, TypedDict
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+STOPPED, DISK_FULL = 75, 73  # exit codes, EX_TEMPFAIL and EX_CANTCREAT of sysexits.h: the same command goes on
+GOES_ON = "the same command goes on"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Quantity(StrEnum):

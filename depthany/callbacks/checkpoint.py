@@ -15,8 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Checkpoint
 
-DISK_FULL = 73  # exit code, EX_CANTCREAT of sysexits.h
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from depthany.types import DISK_FULL, NO_ROOM
 
 
 class Stopped(SystemExit):

@@ -10,10 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
 from depthany.callbacks.checkpoint import StepCheckpoint, stop
+from depthany.types import GOES_ON, STOPPED
 
-STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GOES_ON = "the same command goes on"
 TIME_IS_UP, SIGNALLED = 1, 2
 
 

@@ -6,7 +6,6 @@ marked in the catalog.
 """
 
 import csv
-import errno
 import json
 import multiprocessing
 import os
@@ -33,9 +32,9 @@ from depthany.data.claims import STALE_S, Claim, claim, holder
 from depthany.data.plan import Item, Plan
 from depthany.data.shards import Shard, ShardError, whole_file, write_catalog
 from depthany.data.sources.tree import PackError
+from depthany.types import NO_ROOM
 
 PLAN, DROPPED = "plan.jsonl", "dropped.csv"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 TICK_S, GRACE_S = 0.5, 10.0
 WORTH = {"look": 2, "make": 2, "survey": 200}  # arguments for which it is worth starting processes
 
@@ -177,7 +176,7 @@ class Preparation:
             self.out.mkdir(parents=True, exist_ok=True)
             open(self.out / PLAN, "ab").close()
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in NO_ROOM:
                 raise
             raise PackError(f"out={self.out} cannot be written ({error.strerror}): name another folder") from error
         with self._progress() as self._bar, self._processes():

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -11,18 +9,17 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
-from depthany.callbacks.checkpoint import DISK_FULL, NO_ROOM
-from depthany.callbacks.preemption import GOES_ON, STOPPED
 from depthany.config.check import ConfigError
 from depthany.data.labels import LabelPlan
 from depthany.data.shards import ShardError
 from depthany.data.sources.packed import Shards
 from depthany.data.storage import StorageError
 from depthany.inference.predictor import Predictor
+from depthany.runs.ends import ends_in_a_line
 from depthany.runs.find import open_model
 from depthany.runs.label_job import Display, LabelJob, heed, label_shards, num_cores, told_to_stop
 
@@ -136,12 +133,8 @@ def device_names(device: str, devices: int | Literal["auto"]) -> list[str]:
 
 
 @contextmanager
-def ends_in_a_line() -> Iterator[None]:
-    """Tells what ends the job in one line; exit code 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C, 73 for a full disk.
-
-    Raises:
-        ConfigError: anything else that the user has to change.
-    """
+def ends() -> Iterator[None]:
+    """Tells in a line what ends the job, see `ends_in_a_line`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         """The first signal is heeded between batches, where nothing is left half done; a second one at once."""
@@ -150,26 +143,11 @@ def ends_in_a_line() -> Iterator[None]:
             heed()
 
     told_to_stop.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, stop)
-    try:
+    with ends_in_a_line(
+        done="labelled",
+        fault="labels cannot be written",
+        way_out="set labels_root to another folder",
+        refused=(ShardError, StorageError),
+        stop=stop,
+    ):
         yield
-    except (ShardError, StorageError) as error:
-        raise ConfigError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise ConfigError("the GPU's memory is too small for a batch: lower labels.batch_size") from error
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            _end(DISK_FULL, f"the disk is full ({error.filename or error.strerror}): make room; {GOES_ON}")
-        raise ConfigError(
-            f"labels cannot be written ({error.strerror or error}: {error.filename}): set labels_root to another folder"
-        ) from error
-    except KeyboardInterrupt:
-        _end(130, f"stopped; {GOES_ON}")
-    except SystemExit:
-        _end(STOPPED, f"stopped by a signal; {GOES_ON}")
-
-
-def _end(code: int, line: str) -> NoReturn:
-    print(f"depthany: {line}", file=sys.stderr)
-    raise SystemExit(code)

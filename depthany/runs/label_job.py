@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 
-from depthany.callbacks.preemption import STOPPED
 from depthany.config.check import ConfigError
 from depthany.data import storage
 from depthany.data.claims import STALE_S, Claim, claim, holder
@@ -44,6 +43,7 @@ from depthany.models.depth_model import DepthModel
 from depthany.models.weights import weights_hash
 from depthany.report.label_page import COLUMNS, Survey, write_label_page
 from depthany.report.run_page import Panel
+from depthany.types import STOPPED
 
 SMALLER = 0.75  # sides of the smaller view, as a share of the network input's
 POLL_S = 1.0  # how often shards that others hold are looked at again

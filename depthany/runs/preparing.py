@@ -1,12 +1,9 @@
 """Preparing sets from a config: what there is, how a run ends, and what it prints."""
 
-import signal
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -16,15 +13,15 @@ from rich.table import Table
 from depthany.config.check import ConfigError
 from depthany.config.launch import config_dir
 from depthany.data.packing import ImagePreparation, Indexing, Packing
-from depthany.data.preparation import DROPPED, FULL, Preparation, Summary
+from depthany.data.preparation import DROPPED, Preparation, Summary
 from depthany.data.shards import ShardError
 from depthany.data.sources.index_csv import IndexCsv
 from depthany.data.sources.raw import Raw
 from depthany.data.sources.tree import ForeignTars, ImageTree, NothingFitsError, PackError
 from depthany.data.truth_packing import TruthPacking
 from depthany.runs.cards import read_cards
+from depthany.runs.ends import ends_in_a_line
 
-STOPPED, DISK_FULL = 75, 73  # EX_TEMPFAIL and EX_CANTCREAT of sysexits.h
 RANGES = {"samples_per_shard": (1, 10**6), "min_side": (1, 10**5), "max_side": (16, 10**5), "quality": (1, 100)}
 RANGES |= {"workers": (1, 10**4)}
 OF_IMAGES = ("min_side", "max_side", "quality")  # options that would change what the label of a picture fits to
@@ -76,41 +73,21 @@ def prepare(job: Preparation) -> Summary:
     Raises:
         ConfigError: whatever the user has to change.
     """
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(STOPPED)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    try:
-        return job.run()
-    except NothingFitsError as error:
-        raise ConfigError(
-            f"{error}; {_way_out(job.source)}" if isinstance(job, ImagePreparation) else str(error)
-        ) from error
-    except PackError as error:
-        raise ConfigError(str(error)) from error
-    except ShardError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise ConfigError(str(error)) from error
-        _end_for_disk(error.__cause__, job.out)
-    except OSError as error:
-        _end_for_disk(error, job.out)
-    except KeyboardInterrupt:
-        _end(130, "stopped; the same command goes on")
-    except SystemExit:
-        _end(STOPPED, "stopped by a signal; the same command goes on")
-
-
-def _end_for_disk(error: OSError, out: Path) -> NoReturn:
-    if error.errno in FULL:
-        _end(DISK_FULL, f"out={out}: the disk is full; what is packed stays: make room and give the same command again")
-    raise ConfigError(f"out={out}: {error}; what is packed stays") from error
-
-
-def _end(code: int, line: str) -> NoReturn:
-    print(f"depthany: {line}", file=sys.stderr)
-    raise SystemExit(code)
+    with ends_in_a_line(
+        done="packed",
+        fault=f"out={job.out} cannot be written, or what it is made of cannot be read",
+        way_out="what is packed stays; mend it and give the same command again",
+        refused=(PackError, ShardError),
+    ):
+        try:
+            return job.run()
+        except NothingFitsError as error:
+            way_out = f"; {_way_out(job.source)}" if isinstance(job, ImagePreparation) else ""
+            raise ConfigError(f"{error}{way_out}") from error
+        except ShardError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 def _way_out(source: ImageTree) -> str:

@@ -1,30 +1,25 @@
 """Sky masks of one labelled source: which are missing, made batch by batch, and a page to judge them by."""
 
 import json
-import signal
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from rich.progress import track
 
-from depthany.callbacks.checkpoint import DISK_FULL, NO_ROOM
-from depthany.callbacks.preemption import GOES_ON, STOPPED
 from depthany.config.check import ConfigError
 from depthany.data.files import DecodeError
 from depthany.data.sources.packed import Packable
 from depthany.data.sources.raw import SKY_FOLDER, SKY_NOTE, Raw, Row, mask_name, write_beside
 from depthany.inference.sky import SkyError, SkySegmenter
 from depthany.report.sky_page import SkyPicture, write_sky_page
+from depthany.runs.ends import ends_in_a_line
 from depthany.runs.label_job import num_cores
 
 LOOKED_AT = 1000  # masks whose share of sky is told
@@ -110,7 +105,12 @@ def make_masks(
         raise ConfigError(f"dataset={source.name}: images in one file, or alike but for the suffix, would share a mask")
     rows = _spread(rows, limit or len(rows))
     folder = out or source.root / SKY_FOLDER
-    with _ends_in_a_line(folder):
+    with ends_in_a_line(
+        done="made",
+        fault=f"masks cannot be written to {folder}",
+        way_out="name another folder with out=",
+        refused=(SkyError, DecodeError),
+    ):
         facts = segmenter.identity()
         _claim(folder, source.root, segmenter.name, facts, redo=redo)
         missing = [row for row in rows if not (folder / mask_name(row.image)).exists()]
@@ -266,33 +266,3 @@ def _read_mask(folder: Path, row: Row) -> np.ndarray:
     if mask is None:
         raise ConfigError(f"{path} is damaged: delete it and give the same command again")
     return mask == 255
-
-
-@contextmanager
-def _ends_in_a_line(folder: Path) -> Iterator[None]:
-    """Tells what ends the job in one line: exit code 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C, 73: a full disk."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(STOPPED)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError("the GPU's memory is too small for a batch: lower batch_size") from error
-    except (SkyError, DecodeError) as error:
-        raise ConfigError(str(error)) from error
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            _end(DISK_FULL, f"the disk is full ({error.filename or error.strerror}): make room; {GOES_ON}")
-        raise ConfigError(f"masks cannot be written to {folder} ({error}): name another folder with out=") from error
-    except KeyboardInterrupt:
-        _end(130, f"stopped; {GOES_ON}")
-    except SystemExit:
-        _end(STOPPED, f"stopped by a signal; {GOES_ON}")
-
-
-def _end(code: int, line: str) -> NoReturn:
-    print(f"depthany: {line}", file=sys.stderr)
-    raise SystemExit(code)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from depthany.callbacks.checkpoint import AtomicCheckpointIO, StepCheckpoint, Stopped, newest_checkpoint
-from depthany.callbacks.preemption import STOPPED, Preemption
+from depthany.callbacks.preemption import Preemption
 from depthany.callbacks.record import (
     RECORD,
     WEIGHTS,
@@ -49,6 +49,7 @@ from depthany.runs.ranks import main_first
 from depthany.runs.scoring import baselines, print_table, score_all
 from depthany.runs.stored_labels import check_stored
 from depthany.tasks.base import fitted
+from depthany.types import STOPPED
 
 # What may differ between a run and its continuation: it does not change what is learnt.
 FREE = ("paths", "resume", "callbacks", "logger")  # averaged weights are what is kept: callbacks.ema may not

@@ -66,7 +66,7 @@ def test_a_container_has_no_more_than_its_limit(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident sizes are read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident sizes are read from /proc")
 @pytest.mark.parametrize("size", [392, 644])
 def test_a_real_pass_takes_what_was_told(size: int) -> None:
     command = [sys.executable, SCRIPT, "--model", "vits", "--sizes", str(size), "--precision", "fp32"]

@@ -37,6 +37,7 @@ UNNAMED += ("images=", "world=", "probe_seconds=")  # of the preflight, which na
 
 # Groups that --help lists before one is chosen.
 OTHER_GROUPS = {"prepare": ("dataset", "unlabelled"), "audit": ("dataset",), "sky": ("dataset",)}
+OTHER_GROUPS |= dict.fromkeys(("train", "preflight"), ("experiment", "debug", "stage", "logger"))
 
 
 def config_dir() -> Path:
@@ -114,7 +115,7 @@ def _in_words(verb: str, overrides: list[str], error: Exception) -> str:
         return f"there is no option {match[1]}{suggest(match[1], words)} (every option: --help)"
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         there = groups_of().get(match[1], [])
-        return f"{match[1]}={match[2]} is not a choice{suggest(match[2], there)}"
+        return f"{match[1]}={match[2]} is not a choice{suggest(match[2], there)} (every choice: --help)"
     return "\n".join(line for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line)
 
 
@@ -157,7 +158,7 @@ def help_text(verb: str, about: str, overrides: list[str]) -> str:
     lines += [
         f"  {group:<12} {', '.join(options)}"
         for group, options in groups_of().items()
-        if group in cfg or group in OTHER_GROUPS.get(verb, ("experiment", "debug", "stage", "logger"))
+        if group in cfg or group in OTHER_GROUPS.get(verb, ())
     ]
     lines += ["", f"Options (as composed for: {' '.join(overrides) or 'no overrides'}):"]
     for path, value, doc in _options(cfg, ""):
@@ -179,6 +180,8 @@ TOP_DOCS = {
     "paths.shards": "where packed sets and pseudo-labels go",
     "paths.datasets": "where labelled datasets lie as their authors publish them, each in a folder of its own",
     "paths.real": "a folder with index.csv and photos, for data=real_sample",
+    "paths.mine": "a folder with images/ and depth/, for data=folder_pair",
+    "paths.photos": "a folder of photos, for the student of data=folder_pair",
     "teacher": "a run folder, weights of any layout (official, Hugging Face, ...), or last: the last finished teacher",
     "shards": "a folder or URL of image shards; null: the unlabelled sets of data",
     "labels_root": "folder of the labels of `shards`; null: beside the image shards",

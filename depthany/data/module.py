@@ -37,6 +37,7 @@ from depthany.types import (
     TeacherInput,
 )
 
+PATHS = "paths.datasets=FOLDER (raw sets), paths.shards=FOLDER (shards), paths.real=FOLDER (index.csv)"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -390,21 +391,32 @@ class DepthData(pl.LightningDataModule):
         """
         if self._ready:  # Lightning asks again, and a look at every file of a big set takes its time
             return
-        for step in ("check", "prepare"):
-            problems = []
-            for option, source in self._used().items():
-                if hasattr(source, "limit"):
-                    source.limit = self.limit
-                try:
-                    getattr(source, step, lambda: None)()
-                except ValueError as error:
-                    root = getattr(source, "root_option", "root")
-                    without = f"{option}.weight=0" if hasattr(source, "weight") else f"{option}=null"
-                    problems.append(f"{error} ({option}.{root}=FOLDER; {without} leaves the set out)")
-            if problems:
-                if len(problems) > 1:
-                    problems.append("all at once: paths.datasets=FOLDER for raw sets, paths.shards=FOLDER for shards")
-                raise ShardError("\n".join(problems))
+        self.check()
+        self._each("prepare")
+
+    def check(self) -> None:
+        """Looks whether all sources are there.
+
+        Raises:
+            ShardError: some are not; each is told in a line.
+        """
+        self._each("check")
+
+    def _each(self, step: str) -> None:
+        problems = []
+        for option, source in self._used().items():
+            if hasattr(source, "limit"):
+                source.limit = self.limit
+            try:
+                getattr(source, step, lambda: None)()
+            except ValueError as error:
+                root = getattr(source, "root_option", "root")
+                without = f"{option}.weight=0" if hasattr(source, "weight") else f"{option}=null"
+                problems.append(f"{error} ({option}.{root}=FOLDER; {without} leaves the set out)")
+        if problems:
+            if len(problems) > 1:
+                problems.append(f"all at once: {PATHS}")
+            raise ShardError("\n".join(problems))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the sources; repeated calls change nothing."""

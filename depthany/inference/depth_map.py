@@ -92,11 +92,11 @@ class DepthMap:
             depths_m: (N,) known depths in metres, positive.
 
         Returns:
-            Scale and shift for `to_depth`. A negative scale: the points contradict the map.
+            Scale and shift for `to_depth`; the scale is positive.
 
         Raises:
             ValueError: Too few points, points outside the map or on invalid pixels, depths that
-                are not positive, or one value at all points.
+                are not positive, one value at all points, or points that contradict the map.
         """
         points, depths_m = np.asarray(points), np.asarray(depths_m, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 2 or depths_m.shape != points.shape[:1]:
@@ -119,6 +119,10 @@ class DepthMap:
         design = np.stack([values, np.ones_like(values)], axis=1)
         target = 1.0 / depths_m if self.near_is_large else depths_m
         scale, shift = np.linalg.lstsq(design, target, rcond=None)[0]
+        if scale <= 0:
+            raise ValueError(
+                "the points contradict the map: where it says near, they are far; are they (row, column), in metres?"
+            )
         return float(scale), float(shift)
 
     def to_point_cloud(

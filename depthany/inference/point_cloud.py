@@ -20,8 +20,9 @@ class PointCloud:
     def __len__(self) -> int:
         return len(self.points)
 
-    def save_ply(self, path: Path) -> None:
+    def save_ply(self, path: Path | str) -> None:
         """Writes binary little-endian PLY beside `path` and moves it into place."""
+        path = Path(path)
         layout = [(axis, "<f4") for axis in "xyz"]
         properties = [f"property float {axis}" for axis in "xyz"]
         if self.colors is not None:

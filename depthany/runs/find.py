@@ -78,6 +78,11 @@ def find_weights(
         for run in found
         if (record := read_record(run))
     }
+    if stage == "teacher" and debug is None and all(read_record(run).get("debug") for run in found):
+        raise ConfigError(
+            f"the only finished teacher under {runs} is {found[0].name}, a debug run of a few steps: train one with "
+            f"`python -m depthany.train stage=teacher`, or name that one as task.teacher_ckpt or teacher"
+        )
     return max(like, key=lambda run: like[run]) / WEIGHTS  # the first, which is the last finished, among the most alike
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -78,7 +78,11 @@ def claimed(run_dir: Path, *, main: bool) -> Iterator[Claim | None]:
             ends = time.monotonic() + STALE_S + 1
         time.sleep(1)
     with mine:
-        yield mine
+        try:
+            yield mine
+        finally:
+            with suppress(OSError):
+                run_dir.rmdir()  # what was refused leaves no empty folder
 
 
 def _claim(run_dir: Path) -> Claim | None:

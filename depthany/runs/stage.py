@@ -56,6 +56,7 @@ FREE = ("paths", "resume", "callbacks", "logger")  # averaged weights are what i
 QUIET = ".*LeafSpec.*|.*does not have many workers.*|.*litlogger.*|.*exists and is not empty.*"
 QUIET += "|.*sync_dist=True.*"  # torchmetrics has summed the scores over the ranks
 QUIET += "|.*your dataloader is not resumable.*"  # it starts at the cursor
+QUIET += "|.*DataLoader will create .* worker processes.*|.*smaller than the logging interval.*"
 QUIET += "|Total length of .* is zero.*"  # a run may have no validation
 FREE_IN_TRAINER = ("devices", "num_nodes", "accelerator", "strategy", "max_time", "log_every_n_steps")
 # What may differ too, with a word: every image is still used once, by other steps.
@@ -140,10 +141,20 @@ class Stage:
         warnings.filterwarnings("ignore", message=QUIET)
         pl.seed_everything(cfg.seed, workers=False, verbose=False)
         torch.set_float32_matmul_precision("high")
-        if self.main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.plan = build(cfg.optim)
+        self.mix = build(cfg.mix)
+        self.labels = build(cfg.labels)
+        self.augment = build(cfg.augment)
+        self.data = build(
+            cfg.data,
+            mix=self.mix,
+            augment=self.augment,
+            batch_size=self.plan.batch_size,
+            seed=cfg.seed,
+            online=self.labels.mode == "online",
+        )
+        with in_words():
+            self.data.check()  # before weights are fetched
         model = build(cfg.model)  # before data are packed: what it or the loss refuses is told at once
         if model.space == "metric":
             raise ConfigError("model.activation=sigmoid: metric models are used, not trained; take relu or softplus")
@@ -158,17 +169,9 @@ class Stage:
                     "feature alignment to the student's own encoder teaches nothing while that is random "
                     "(model.pretrained=false): use task.feature_encoder=teacher or loss.feature.weight=0"
                 )
-        self.mix = build(cfg.mix)
-        self.labels = build(cfg.labels)
-        self.augment = build(cfg.augment)
-        self.data = build(
-            cfg.data,
-            mix=self.mix,
-            augment=self.augment,
-            batch_size=self.plan.batch_size,
-            seed=cfg.seed,
-            online=self.labels.mode == "online",
-        )
+        if self.main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         self.say(f"run folder: {self.run_dir}")
         with in_words(), main_first(main=self.main, checkpoint=self.checkpoint) as self.checkpoint:
             if self.main:

@@ -334,6 +334,6 @@ def test_photo_folder_lists_images_only_in_order_with_unique_keys(tmp_path: Path
     assert keys[names.index("deep/a.jpg")] == "mine/deep/a_jpg"
     assert photos.data(names.index("deep/a.jpg")) == b"y"
     with pytest.raises(ValueError, match="pattern"):
-        PhotoFolder(root=tmp_path, pattern="none/*", name="mine")
+        PhotoFolder(root=tmp_path, pattern="none/*", name="mine").check()
     with pytest.raises(ValueError, match="root"):
-        PhotoFolder(root=tmp_path / "none", pattern="*", name="mine")
+        PhotoFolder(root=tmp_path / "none", pattern="*", name="mine").check()

@@ -152,6 +152,7 @@ def test_depth_is_infinite_behind_the_horizon_and_nan_where_invalid() -> None:
         ([[0, 0], [9, 0]], [1.0, 2.0], "inside"),
         ([[0, 0], [1, 1]], [1.0, 0.0], "positive"),
         ([[0, 0], [0, 1]], [1.0, 2.0], "one value"),
+        ([[0, 0], [2, 1]], [1.0, 2.0], "contradict the map"),
         ([[0, 0], [2, 2]], [1.0, 2.0], "invalid pixel"),
         ([[0, 0], [1, 1]], [1.0], "row and column"),
     ],

@@ -69,6 +69,14 @@ def test_a_run_under_way_stands_for_its_newest_checkpoint(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_smoke_run_is_nobodys_teacher_by_chance(run: Path) -> None:
+    for debug, stage in (("smoke", "teacher"), (None, None)):  # a smoke student, or somebody who looks at it
+        assert find_weights("last", run.parent, stage=stage, debug=debug) == run / "model.safetensors"
+    with pytest.raises(ConfigError, match=r"the only finished teacher under \S+ is teacher-\S+, a debug run"):
+        find_weights("last", run.parent, stage="teacher")
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(run: Path) -> None:
     (run / "model.safetensors").unlink()
     newest, older = (run / "checkpoints" / f"step-0000000{step}.ckpt" for step in (2, 1))

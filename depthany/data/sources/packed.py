@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -113,10 +113,10 @@ class Shards:
     """
 
     def __init__(self, *, name: str, root: str, labels_root: str | None = None, cache: str | None = None) -> None:
-        self.name, self.root, self.cache = name, root, cache
-        self.labels_root = root if labels_root is None else labels_root
+        self.name, self.cache = name, cache
+        self._root, self._labels_root = root, root if labels_root is None else labels_root
         try:
-            self._is_remote = storage.is_remote(root), storage.is_remote(self.labels_root)
+            self._is_remote = storage.is_remote(root), storage.is_remote(self._labels_root)
         except storage.StorageError as error:
             raise ShardError(f"{name}: {error}") from error
         self.teacher: str | None = None
@@ -135,6 +135,16 @@ class Shards:
         return self.__dict__ | {"_scores": {}}  # mapped memory would travel as a copy
 
     # Finding and opening
+
+    @property
+    def root(self) -> str:
+        """Folder or URL of the set."""
+        return self._root
+
+    @property
+    def labels_root(self) -> str:
+        """Folder or URL of its pseudo-labels."""
+        return self._labels_root
 
     def check(self) -> None:
         """Looks whether there is a folder; a URL is asked when the set is prepared.
@@ -494,11 +504,28 @@ class Packed(Shards):
             several times faster; null: nothing is changed, and JPEG, PNG and WebP keep their bytes.
     """
 
+    root_option = "source.root"
+
     def __init__(self, *, source: Packable, root: str, samples_per_shard: int, short_side: int | None) -> None:
         self.source, self.samples_per_shard, self.short_side = source, samples_per_shard, short_side
-        identity = json.dumps([source.identity(), samples_per_shard, short_side], sort_keys=True, default=str)
-        self.folder = Path(root) / f"{source.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-        super().__init__(name=source.name, root=str(self.folder))
+        super().__init__(name=source.name, root=root)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the shards lie; the source is looked at when this is asked for the first time."""
+        facts = [self.source.identity(), self.samples_per_shard, self.short_side]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return Path(self._root) / f"{self.name}-{digest[:8]}"
+
+    @property
+    def root(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def labels_root(self) -> str:
+        """The folder."""
+        return str(self.folder)
 
     @property
     def factor(self) -> float | None:

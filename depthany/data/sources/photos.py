@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,33 @@ class PhotoFolder:
     """The image files under a folder that match a pattern, sorted by path."""
 
     def __init__(self, *, root: Path | str, pattern: str, name: str) -> None:
-        """List the files; none is opened.
+        """Nothing is looked at before it is asked for.
 
         Args:
             root: folder the pattern starts from.
             pattern: glob, such as "**/*"; only files with the suffix of an image count, in upper or
                 lower case, and no hidden ones (some systems put "._x.jpg" beside "x.jpg").
             name: of the source, the first part of each key.
-
-        Raises:
-            ValueError: no such folder, or no image in it.
         """
         self.name = name
-        self.root = Path(root)
+        self.root, self.pattern = Path(root), pattern
+
+    @cached_property
+    def _paths(self) -> np.ndarray:
+        """Below the root, as bytes: a list of strings is copied into each loader worker."""
         if not self.root.is_dir():
-            raise ValueError(f"source {name}: root={root} is not a folder: correct `root`")
+            raise ValueError(f"source {self.name}: root={self.root} is not a folder: correct `root`")
         paths = sorted(
             os.fsencode(path.relative_to(self.root))
-            for path in self.root.glob(pattern)
+            for path in self.root.glob(self.pattern)
             if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
         )
         if not paths:
             raise ValueError(
-                f'source {name}: no image matches pattern={pattern!r} in root={root}; "**/*" takes all folders below'
+                f"source {self.name}: no image matches pattern={self.pattern!r} in root={self.root}; "
+                '"**/*" takes all folders below'
             )
-        self._paths = np.array(paths)  # bytes: a list of strings is copied into each loader worker
+        return np.array(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -66,8 +69,16 @@ class PhotoFolder:
             digest.update(name + b" %d\n" % self.path(i).stat().st_size)
         return {"files": digest.hexdigest()}
 
+    def check(self) -> None:
+        """Lists the files; none is opened.
+
+        Raises:
+            ValueError: no such folder, or no image in it.
+        """
+        len(self)
+
     def prepare(self) -> None:
-        """The constructor has listed the files."""
+        """There is nothing to prepare."""
 
     def path(self, index: int) -> Path:
         """Of image `index`, with the root."""

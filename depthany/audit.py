@@ -23,7 +23,9 @@ def run(cfg: DictConfig) -> None:
     from depthany.config.build import build, choice
     from depthany.runs.auditing import audit, print_audit
 
-    name = choice("dataset") or cfg.dataset.name
+    name = choice("dataset")
+    if name in (None, "shards"):  # shards are of the set whose name they were given
+        name = cfg.dataset.name
     result = audit(
         build(cfg.dataset),
         dataset=name,

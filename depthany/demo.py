@@ -18,7 +18,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     share = "yes: a public link, through gradio's hosts; default: no"
     parser.add_argument("--share", choices=["no", "yes"], default="no", help=share)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default: auto")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--max-pixels", type=int, default=4_000_000, help="largest network input; default: 4000000")
     flags = parser.parse_args(arguments)
@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = load_model(path, device=flags.device, precision=flags.precision)
         predictor.max_pixels = flags.max_pixels
         print(f"model: {path}")
-        serve(predictor, name=path.parent.name, host=flags.host, port=flags.port, share=flags.share == "yes")
+        serve(
+            predictor,
+            name=f"{path.absolute().parent.name}/{path.name}",
+            host=flags.host,
+            port=flags.port,
+            share=flags.share == "yes",
+        )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

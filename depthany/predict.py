@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grayscale", action="store_true", help="grey instead of Spectral_r; near is white")
     save = f"also the maps themselves, at the photo's size: any of {','.join(SAVES)}; of a video: npz holds all frames"
     parser.add_argument("--save", default="", metavar="KINDS", help=save)
-    sure = "also ask how well the map of the mirrored photo agrees; kept in npz"
+    sure = "of photos: also ask how well the map of the mirrored photo agrees; kept in npz alone"
     parser.add_argument("--confidence", action="store_true", help=sure)
     batch = "photos of one shape, or frames, at once; default: 1 on a CPU, else 8"
     parser.add_argument("--batch-size", type=int, help=batch)
@@ -51,11 +51,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
     if flags.confidence and flags.tiles:
         parser.error("--confidence looks at whole photos: leave out --tiles")
+    if flags.confidence and "npz" not in flags.save:
+        parser.error("--confidence is kept in npz alone: add --save npz")
     return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns 0 if anything was written, else 1."""
+    """Runs the verb; returns 0 if anything was written and no writing failed, else 1."""
     flags = parse(arguments)
     from depthany.runs.predicting import predict
 

@@ -1,5 +1,7 @@
 """The verb: a right set gives status 0, a wrong one 1, a wrong option 2; every dataset that ships can be asked for."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +141,13 @@ def test_shards_are_audited_like_their_source(tmp_path: Path) -> None:
     raw = audit(source, dataset="embedded", page=tmp_path / "raw.html", **options)
     again = audit(shards, dataset="embedded", page=tmp_path / "again.html", **options)
     assert raw.groups == again.groups and not raw.faults and not again.faults
+    with pytest.raises(ConfigError, match=r"page=.* cannot be written"):
+        audit(shards, dataset="embedded", page=tmp_path / "raw.html" / "page.html", **options)
+    copy = Path(shutil.copytree(packed.folder, tmp_path / "copy"))
+    os.truncate(min(copy.glob("*.tar")), 600)
+    shards = build(compose("audit", ["dataset=shards", f"root={copy}"]).dataset)
+    with pytest.raises(ConfigError, match="its index says"):
+        audit(shards, dataset="embedded", page=tmp_path / "again.html", **options)
 
 
 def test_a_missing_root_is_one_line(tmp_path: Path) -> None:

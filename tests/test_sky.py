@@ -118,7 +118,7 @@ def test_masks_are_kept_out_of_the_data(out: str, tmp_path: Path, model: Path) -
 def test_a_source_without_files_is_refused(model: Path) -> None:
     source = build(compose("sky", ["dataset=embedded"]).dataset)
     segmenter = SkySegmenter(name=str(model), device="cpu")
-    with pytest.raises(ConfigError, match="sky masks belong to image files"):
+    with pytest.raises(ConfigError, match="has no option sky_masks"):
         make_masks(source, segmenter, out=None, limit=None, batch_size=1, redo=False, command="")
 
 

@@ -72,9 +72,11 @@ class Plan:
         if not self._end:
             self._append(terms)
         elif there != terms:
-            other = ", ".join(f"{name}={there.get(name)}" for name in self.terms if there.get(name) != self.terms[name])
+            asked, made = ({**each, **each.get("options", {})} for each in (self.terms, there))
+            other = [name for name in asked if name != "options" and made.get(name) != asked[name]]
+            unlike = ", ".join(f"{name}={made.get(name)!s:.80}" for name in other[: 1 if "name" in other else None])
             raise PackError(
-                f"out={self.path.parent} was prepared with {other or 'another version'}: say the same again, "
+                f"out={self.path.parent} was prepared with {unlike or 'another version'}: say the same again, "
                 "or name another folder as out"
             )
 

@@ -35,6 +35,7 @@ from depthany.data.sources.tree import PackError
 from depthany.types import NO_ROOM
 
 PLAN, DROPPED = "plan.jsonl", "dropped.csv"
+DAMAGE = ("undecodable", "unreadable", "changed")  # kinds of reasons: something is wrong with a file
 TICK_S, GRACE_S = 0.5, 10.0
 WORTH = {"look": 2, "make": 2, "survey": 200}  # arguments for which it is worth starting processes
 
@@ -79,6 +80,7 @@ class Summary:
     bytes: int  # of the tars
     dropped: Mapping[str, int]  # images by kind of reason
     problems: Mapping[str, str]  # files that could not be looked into, with reasons; the next run tries them again
+    damaged: Sequence[str]  # the first files that could not be used, each with the reason
     made: int  # images that this run went through, dropped ones left out
     seconds: float
 
@@ -194,6 +196,7 @@ class Preparation:
             bytes=sum(survey.bytes for survey in surveys.values()),
             dropped=Counter(row.reason.partition(":")[0] for row in dropped),
             problems=self.problems,
+            damaged=list(islice((f"{row.file}: {row.reason}" for row in dropped if row.reason.startswith(DAMAGE)), 3)),
             made=made,
             seconds=time.monotonic() - started,
         )

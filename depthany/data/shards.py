@@ -37,7 +37,7 @@ CATALOG = "shards.json"
 CATALOG_VERSION = 1
 INDEX_VERSION = 2
 REBUILD = f"delete {CATALOG}: it is made again from the indices, without its list of samples that are dropped"
-AGAIN = "copy it again, or make the set again with python -m depthany.prepare"
+AGAIN = "copy it again, or delete it and make it again with python -m depthany.prepare"
 MAX_MEMBER = 1 << 29  # bytes; the label of the largest image that is read is half of it
 SEAL = re.compile(r'\{"version": \d+, "crc32": (\d+), ')
 
@@ -299,7 +299,7 @@ class Shard:
             actual = os.stat(self.tar).st_size if os.path.exists(self.tar) else -1
             if actual != self.bytes:
                 state = f"has {actual} bytes" if actual >= 0 else "is missing"
-                way_out = "copy it again, or delete both to rebuild them"
+                way_out = "copy it again, or delete its index to have it made again"
                 raise ShardError(f"{self.tar} {state}, its index says {self.bytes}: {way_out}")
 
     def __len__(self) -> int:

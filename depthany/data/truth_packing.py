@@ -24,10 +24,13 @@ from depthany.data.packing import MAGIC
 from depthany.data.plan import Item, items_at
 from depthany.data.preparation import PLAN, Dropped, Job, Preparation, Survey
 from depthany.data.shards import write_shard
+from depthany.data.sources.folder_pair import FolderPair
 from depthany.data.sources.index_csv import IndexCsv
 from depthany.data.sources.raw import Raw, Row
 from depthany.data.sources.tree import PackError
 from depthany.types import DepthSample
+
+UNREADABLE = -1  # the stamp of a sample whose files could not be read
 
 Stats = list[tuple[int, int]]  # bytes and time in ns of each file of a sample; -1, 0: it is not there
 
@@ -67,7 +70,9 @@ class TruthPacking(Preparation):
     def plan(self) -> list[Job]:
         """Plans the samples that are not planned yet, and those whose files have changed since they were read."""
         keys = self._scan()
-        terms = {"samples_per_shard": self.samples_per_shard, "pictures": self.pictures}
+        terms: dict[str, Any] = {"samples_per_shard": self.samples_per_shard, "pictures": self.pictures}
+        if isinstance(self.source, FolderPair | IndexCsv):  # one's own: another root is another set
+            terms["root"] = str(self.source.root.resolve())
         plan = self.open_plan({"name": self.name} | self._origin | terms)
         if plan.shards:
             for key in self._changed():
@@ -91,7 +96,7 @@ class TruthPacking(Preparation):
             return list(self._places)
         except OSError as error:
             where, why = error.filename or self.source.root, error.strerror or error
-            raise PackError(f"{where}: {why}; the list of samples may lie elsewhere: dataset.index_root") from error
+            raise PackError(f"{where} cannot be read ({why}): the samples are listed from it") from error
         except ValueError as error:
             raise PackError(str(error)) from error
 
@@ -117,7 +122,9 @@ class TruthPacking(Preparation):
         def has_changed(index: int, packed: str | None, stamp: int) -> bool:
             row = self.source.row(index)
             stats = self._stats(row)
-            return self._stamp(row, stats) != stamp if packed is None else meaning(row, stats) != packed
+            if packed is not None:
+                return meaning(row, stats) != packed
+            return self._are_readable(row) if stamp == UNREADABLE else self._stamp(row, stats) != stamp
 
         with ThreadPoolExecutor(16) as pool:  # a look at a file on a network disk takes its time
             changed = pool.map(lambda sample: has_changed(*sample[1:]), known)
@@ -149,7 +156,7 @@ class TruthPacking(Preparation):
             self.go_on()
             if key not in self._places:  # its files were deleted since they were planned
                 skipped.append((key, "unreadable: its files are gone"))
-                origins.append(("", -1, key))
+                origins.append(("", UNREADABLE, key))
                 continue
             row = self.source.row(self._places[key])
             stats = self._stats(row)
@@ -157,7 +164,8 @@ class TruthPacking(Preparation):
                 sample = self._sample(self._places[key], row)
             except (ValueError, OSError) as error:
                 skipped.append((key, _reason(error)))
-                origins.append((row.image, self._stamp(row, stats), key))
+                stamp = UNREADABLE if isinstance(error, OSError) else self._stamp(row, stats)
+                origins.append((row.image, stamp, key))
             else:
                 yield {"__key__": key, **sample, "__row__": {"hash": meaning(row, stats)}}
         self.go_on(mine)
@@ -225,6 +233,16 @@ class TruthPacking(Preparation):
         """A number that changes when a sample that could not be used deserves another try."""
         return zlib.crc32(json.dumps([*row, stats, [self._checksums.get(path) for path in row.files]]).encode())
 
+    def _are_readable(self, row: Row) -> bool:
+        """Whether the files of a sample can be read now; that they could not need not have been their fault."""
+        try:
+            for path in row.files:
+                with open(self.source.root / path, "rb") as file:
+                    file.read(1)
+        except OSError:
+            return False
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name not in ("_places", "_checksums")}
 
@@ -235,7 +253,7 @@ class _Changed(DecodeError):
 
 def _reason(error: ValueError | OSError) -> str:
     if isinstance(error, OSError):
-        return f"unreadable: {error.filename}: {error.strerror}; the next run tries again what has changed by then"
+        return f"unreadable: {error.filename or 'its files'}: {error.strerror}; the next run tries it again"
     return str(error) if isinstance(error, _Changed) else f"undecodable: {error}"
 
 

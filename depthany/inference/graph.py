@@ -101,9 +101,9 @@ def write_onnx(model: DepthModel, path: Path, *, pictures: int | None) -> None:
     """Writes an ONNX file for any batch and size.
 
     Without `pictures`: `image` (B, 3, H, W) float32, ImageNet-normalised, sides multiples of the patch size, gives
-    `disparity` (B, H, W). With it: `picture` (B, H, W, 3) uint8 RGB of any size gives `disparity` (B, H, W), by the
-    official rules: cubic resize to a short side of at least `pictures`, sides rounded to the patch size, and the map
-    bilinear back to the picture's size.
+    `disparity` (B, H, W), of a metric model `depth` in metres. With it: `picture` (B, H, W, 3) uint8 RGB of any size
+    gives a map of its size, by the official rules: cubic resize to a short side of at least `pictures`, sides rounded
+    to the patch size, and the map bilinear back to the picture's size.
 
     Args:
         model: on the CPU, in float32.
@@ -116,7 +116,7 @@ def write_onnx(model: DepthModel, path: Path, *, pictures: int | None) -> None:
     import onnx
     import onnxscript  # noqa: F401  # the exporter's, named here so that its absence is known before the work
 
-    patch = model.patch_size
+    patch, output = model.patch_size, "disparity" if model.space == "disparity" else "depth"
     batch, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
     image = torch.zeros(*EXAMPLE[:2], *(patch * side for side in EXAMPLE[2:]))
     large = sum(value.nbytes for value in model.state_dict().values()) > PROTOBUF_LIMIT
@@ -128,20 +128,26 @@ def write_onnx(model: DepthModel, path: Path, *, pictures: int | None) -> None:
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=["disparity"],
+            output_names=[output],
             dynamic_shapes={"image": {0: batch, 2: patch * h, 3: patch * w}},
             external_data=large,
             verbose=False,
         )
     proto = onnx.load(path, load_external_data=False)
     if pictures is not None:
-        _take_pictures(proto, size=pictures, patch=patch)
+        _take_pictures(proto, size=pictures, patch=patch, output=output)
     facts = {"model": json.dumps(model.config()), "space": model.space, "patch_size": str(patch)}
     onnx.helper.set_model_props(proto, facts)
     onnx.save(proto, path)
 
 
-def _take_pictures(proto: "onnx.ModelProto", *, size: int, patch: int) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _take_pictures(
+    proto: "onnx.ModelProto",  # type: ignore[name-defined]  # noqa: F821
+    *,
+    size: int,
+    patch: int,
+    output: str,
+) -> None:
     """Puts the official pre- and post-processing around a network's graph.
 
     The numbers are float64 and ties go to the even side, as in NumPy, which the official code uses.
@@ -181,19 +187,19 @@ def _take_pictures(proto: "onnx.ModelProto", *, size: int, patch: int) -> None: 
             pre_centred = Sub (pre_resized, pre_mean)
             image = Div (pre_centred, pre_std)
         }}""")
-    after = parser.parse_graph("""
-        after (float[batch, h, w] network_disparity) => (float[batch, height, width] disparity) {
-            post_one = Constant <value = int64[1] {1}> ()
-            post_map = Unsqueeze (network_disparity, post_one)
+    after = parser.parse_graph(f"""
+        after (float[batch, h, w] network_map) => (float[batch, height, width] {output}) {{
+            post_one = Constant <value = int64[1] {{1}}> ()
+            post_map = Unsqueeze (network_map, post_one)
             post_shape = Concat <axis = 0> (pre_count, post_one, pre_whole)
             post_resized = Resize <mode = "linear", coordinate_transformation_mode = "align_corners">
                 (post_map, , , post_shape)
-            disparity = Squeeze (post_resized, post_one)
-        }""")
+            {output} = Squeeze (post_resized, post_one)
+        }}""")
     graph = proto.graph
     for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = ["network_disparity" if name == "disparity" else name for name in names]
+            names[:] = ["network_map" if name == output else name for name in names]
     nodes = [*before.node, *graph.node, *after.node]
     for field, values in (("node", nodes), ("input", before.input), ("output", after.output)):
         graph.ClearField(field)

@@ -7,7 +7,8 @@ Legend: H W pixels.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ KEY = "depthany"  # name of the PNG text chunk and of the EXR attribute
 PNG_MAX = 65535  # codes 1..65535 span the range, 0 is invalid
 TIFF_DESCRIPTION = 270  # the tag ImageDescription
 SUFFIXES = (".npy", ".npz", ".png", ".exr", ".pfm", ".tiff")
+
+
+@contextmanager
+def in_place(path: Path) -> Iterator[Path]:
+    """A draft beside `path`, moved there when all went well; after an error neither it nor a half file is left."""
+    draft = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def write_map(path: Path, values: np.ndarray, meaning: Mapping[str, Any], more: Mapping[str, np.ndarray]) -> None:
@@ -39,9 +51,8 @@ def write_map(path: Path, values: np.ndarray, meaning: Mapping[str, Any], more: 
         ValueError: Another suffix.
     """
     suffix = path.suffix.lower()
-    beside = path.with_name(f".{path.stem}.part{suffix}")
     note = json.dumps(meaning)
-    try:
+    with in_place(path) as beside:
         if suffix == ".npy":
             np.save(beside, values)
         elif suffix == ".npz":
@@ -59,9 +70,6 @@ def write_map(path: Path, values: np.ndarray, meaning: Mapping[str, Any], more: 
             Image.fromarray(values).save(beside, tiffinfo={TIFF_DESCRIPTION: note})
         else:
             raise ValueError(f"{path}: a map is saved as {', '.join(SUFFIXES)}")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_map(path: Path) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray]]:

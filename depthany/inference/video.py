@@ -5,7 +5,6 @@ Legend: H W pixels.
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from depthany.inference.depth_map import DepthMap
+from depthany.inference.map_files import in_place
 
 QUALITY = "18"  # x264's constant rate factor: no loss that is seen
 
@@ -88,22 +88,20 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], N
     """
     import av
 
-    beside = path.with_name(f".{path.stem}.part.mp4")
-    try:
-        with av.open(str(beside), "w") as container:
-            stream = container.add_stream("libx264", rate=rate, options={"crf": QUALITY})
+    with in_place(path) as beside, av.open(str(beside), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": QUALITY})
 
-            def add(frame: np.ndarray) -> None:
-                if not stream.codec_context.is_open:
-                    stream.height, stream.width = frame.shape[:2]
-                    stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
+        def add(frame: np.ndarray) -> None:
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
+            try:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            except av.ExternalError as error:
+                raise ValueError(f"H.264 takes no frames of {stream.width} x {stream.height} pixels") from error
 
-            yield add
-            container.mux(stream.encode())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        yield add
+        container.mux(stream.encode())
 
 
 @contextmanager
@@ -112,26 +110,21 @@ def write_stack(path: Path, rate: Fraction) -> Iterator[Callable[[DepthMap], Non
 
     `meaning` (JSON) holds space, near_is_large and fps. One frame is in memory at a time.
     """
-    beside = path.with_name(f".{path.stem}.part.npz")
-    try:
-        with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
+    with in_place(path) as beside, zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as archive:
 
-            def store(name: str, array: np.ndarray) -> None:
-                buffer = io.BytesIO()
-                np.save(buffer, array)
-                archive.writestr(f"{name}.npy", buffer.getvalue())
+        def store(name: str, array: np.ndarray) -> None:
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
 
-            number = 0
+        number = 0
 
-            def add(depth: DepthMap) -> None:
-                nonlocal number
-                if not number:
-                    meaning = {"space": depth.space, "near_is_large": depth.near_is_large, "fps": float(rate)}
-                    store("meaning", np.array(json.dumps(meaning)))
-                store(f"{number:06d}", np.where(depth.valid, depth.values, np.nan).astype(np.float16))
-                number += 1
+        def add(depth: DepthMap) -> None:
+            nonlocal number
+            if not number:
+                meaning = {"space": depth.space, "near_is_large": depth.near_is_large, "fps": float(rate)}
+                store("meaning", np.array(json.dumps(meaning)))
+            store(f"{number:06d}", np.where(depth.valid, depth.values, np.nan).astype(np.float16))
+            number += 1
 
-            yield add
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        yield add

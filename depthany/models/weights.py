@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,7 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
     metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
     content = read_plain(file)
     if CONFIG_KEY in metadata:
-        model = _build(metadata[CONFIG_KEY], source=file)
-        load_strictly(model, content, source=str(file), assign=True)
-        return model, metadata
+        return _build(metadata[CONFIG_KEY], content, source=file), metadata
     copy = find_copy(content, source=str(file))
     state, unused = to_ours(copy.state)
     state |= dict.fromkeys(copy.beside, torch.empty(0))  # listed by the strict load
@@ -148,13 +147,12 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
                 stacklevel=2,
             )
         layout += f" {version or 'V2'}" if layout == "official" else ""
-    model = _build(config, source=file)
-    load_strictly(model, {key: value.clone() for key, value in state.items()}, source=str(file), assign=True)
+    model = _build(config, {key: value.clone() for key, value in state.items()}, source=file)
     metadata |= {"layout": layout, "copy": copy.where, "unused": ", ".join(unused)}
     return model, metadata
 
 
-def _build(config: Mapping[str, Any] | str, *, source: Path) -> DepthModel:
+def _build(config: Mapping[str, Any] | str, state: Mapping[str, Tensor], *, source: Path) -> DepthModel:
     try:
         arguments = json.loads(config) if isinstance(config, str) else config
         with torch.device("meta"):  # no time and no random numbers for values that are replaced
@@ -165,4 +163,9 @@ def _build(config: Mapping[str, Any] | str, *, source: Path) -> DepthModel:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             module.init_non_persistent_buffers()  # type: ignore[operator]  # timm's
+    load_strictly(model, state, source=str(source), assign=True)
+    for module in model.modules():  # zeros beside weights, as the bias of keys, in their precision; periods stay exact
+        for weight in islice(module.parameters(recurse=False), 1):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(weight.dtype))
     return model

@@ -92,6 +92,8 @@ def to_hugging_face(model: DepthModel, *, unused: Mapping[str, Tensor]) -> tuple
         problems += [f"its MLP of {hidden / width:.2f} times the width"]
     if rows[0] != rows[1]:
         problems += [f"its position grid of {rows[0]} x {rows[1]}"]
+    if model.max_depth is not None and model.max_depth % 1:
+        problems += [f"max_depth={model.max_depth}, no whole number"]
     _refuse("hf", "transformers has Depth Anything on a plain DINOv2 encoder", problems)
 
     names = hugging_face_names(len(encoder.blocks))
@@ -119,7 +121,7 @@ def to_hugging_face(model: DepthModel, *, unused: Mapping[str, Tensor]) -> tuple
         "apply_layernorm": True,
         "reshape_hidden_states": False,
     }
-    metric = {} if model.max_depth is None else {"max_depth": model.max_depth}
+    metric = {} if model.max_depth is None else {"max_depth": int(model.max_depth)}  # strictly
     return state, {
         "architectures": ["DepthAnythingForDepthEstimation"],
         "model_type": "depth_anything",

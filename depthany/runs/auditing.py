@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import radians, tan
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,18 +64,26 @@ def audit(
     Raises:
         ConfigError: there is nothing to audit.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}; give 1 or more, or null for all")
     try:
         source.prepare()
         if isinstance(source, Shards):
             source.open()
-    except (ValueError, ShardError, OSError) as error:
+        factor = getattr(source, "factor", None)  # shards are opened for it
+    except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=page.parent).close()
+    except OSError as error:
+        raise ConfigError(f"page={page} cannot be written ({error.strerror}): name another file") from error
     if not len(source):
         raise ConfigError(f"{source.name} has no samples: correct root")
     cards = read_cards()
     card = cards.get(dataset) or cards.get(source.name) or {}
     range_m = range_m or card.get("range_m")
-    factor = getattr(source, "factor", None) or card.get("factor") or 1.0
+    factor = factor or card.get("factor") or 1.0
     focal = 0.5 / tan(radians(fov_deg / 2)) if fov_deg else None
     count = min(limit or len(source), len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()

@@ -98,7 +98,8 @@ def build(predictor: Predictor, *, name: str, folder: Path) -> "gr.Blocks":
         except torch.OutOfMemoryError:
             return None, f"⚠ **{Path(path).name}**: out of memory; choose a smaller input size", nothing, nothing
         target = Path(mkdtemp(dir=folder))
-        files = [target / f"{Path(path).stem}{suffix}" for suffix in (f".{depth.space}16.png", ".npy")]
+        kind = "disparity" if depth.near_is_large else "depth"  # as in the files of predict
+        files = [target / f"{Path(path).stem}{suffix}" for suffix in (f".{kind}16.png", ".npy")]
         for file in files:
             depth.save(file)
         png, npy = (gr.DownloadButton(value=file, interactive=True) for file in files)

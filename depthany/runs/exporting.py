@@ -255,7 +255,7 @@ def _compare_pictures(model: DepthModel, path: Path, picture: np.ndarray, *, siz
     half = resize_image(picture, (picture.shape[0] // 2 + 1, picture.shape[1] // 3 + 1), antialias=True)
     for photo in (picture, half):
         (after,) = session.run(None, {"picture": photo[None]})
-        before = torch.from_numpy(predictor.predict(photo, input_size=size).disparity)[None]
+        before = torch.from_numpy(predictor.predict(photo, input_size=size).values)[None]
         name = f"ONNX Runtime, picture of {photo.shape[1]} x {photo.shape[0]}"
         yield _check_output(name, torch.from_numpy(after), before, bound=10 * BOUND)  # cubic resizing rounds, too
 
@@ -303,9 +303,12 @@ def _transformers(folder: Path, image: Tensor) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, report = AutoModelForDepthEstimation.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
-    )
+    try:
+        model, report = AutoModelForDepthEstimation.from_pretrained(
+            folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
+        )
+    except Exception as error:  # its checks of config.json raise anything
+        raise Different(f"transformers does not open {folder.name}: {error}") from error
     if wrong := {name: keys for name, keys in report.items() if keys}:
         raise Different(f"transformers opens {folder.name} with {wrong}")
     with torch.inference_mode():

@@ -24,6 +24,9 @@ def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
 
     Returns:
         The root of each file, by absolute path: the folder named or the file's own.
+
+    Raises:
+        ValueError: A list that is no text.
     """
     out = Path(os.path.abspath(outdir))
     roots: dict[Path, Path] = {}
@@ -45,7 +48,11 @@ def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
             for path in found or [name]:
                 add(path, name)
         elif name.lower().endswith(".txt") and os.path.isfile(name):
-            for line in Path(name).read_text(encoding="utf-8-sig").splitlines():
+            try:
+                lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{name}: a list is UTF-8 text with one path a line; {error}") from error
+            for line in lines:
                 if line.strip():
                     add(line.strip(), os.path.dirname(line.strip()))
         else:
@@ -84,12 +91,19 @@ def name_outputs(roots: dict[Path, Path]) -> dict[Path, PurePath]:
 
 
 def overwritten(outputs: dict[Path, PurePath], outdir: Path, save: Sequence[str]) -> list[Path]:
-    """The inputs that an output would replace."""
-    written: set[str] = set()
+    """Files that lie beside an input, or are one, and that an output would replace."""
+    written: set[Path] = set()
     for path, name in outputs.items():
         if is_video(path):
             endings = [VIDEO, *(SAVES[kind] for kind in save if kind == "npz")]
         else:
             endings = [PICTURE, *(SAVES[kind].format(space=space) for kind in save for space in SPACES)]
-        written.update(os.path.abspath(f"{outdir / name}{ending}") for ending in endings)
-    return [path for path in outputs if str(path) in written]
+        written.update(_place(f"{outdir / name}{ending}") for ending in endings)
+    inputs = {_place(path) for path in outputs}
+    folders = {path.parent for path in inputs}
+    return sorted(p for p in written if p in inputs or (p.parent in folders and os.path.lexists(p)))
+
+
+def _place(path: Path | str) -> Path:
+    """The absolute path of a file, whatever links lead to its folder."""
+    return Path(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

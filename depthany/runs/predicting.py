@@ -4,6 +4,7 @@ Legend: H W pixels of a photo, h w pixels of the network input.
 """
 
 import os
+import warnings
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +26,13 @@ from depthany.config.check import ConfigError
 from depthany.data.files import DecodeError, read_image
 from depthany.geometry.resize import lower_bound_size, normalised
 from depthany.inference.depth_map import DepthMap
+from depthany.inference.map_files import in_place
 from depthany.inference.memory import require_memory
 from depthany.inference.predictor import Predictor
 from depthany.inference.rendering import paint, side_by_side
 from depthany.inference.tiles import predict_tiled
 from depthany.inference.video import VideoFile, write_stack, write_video
-from depthany.runs.find import find_weights, load_model
+from depthany.runs.find import find_device, find_weights, load_model
 from depthany.runs.inputs import FRAMES, PICTURE, SAVES, VIDEO, find_inputs, is_video, name_outputs, overwritten
 
 GAP_PX = 50  # white bar between photo and map, as the official run.py
@@ -58,6 +60,7 @@ def open_predictor(
     Raises:
         ConfigError: there is no such model, or its encoder is another one.
     """
+    device = find_device(device)
     official = Path("checkpoints") / f"depth_anything_v2_{encoder}.pth"
     if checkpoint is None and encoder is not None:
         if not official.is_file():
@@ -190,9 +193,10 @@ class PredictJob:
         h, w = lower_bound_size(height, width, size=size, multiple=self.predictor.patch_size)
         if shape == (h, w):
             return shape, ""
+        tiles = f" (--tiles {size} keeps a photo's detail)" if size < max(height, width) else ""
         return shape, (
             f"{width} x {height} pixels would be a {w} x {h} network input, above --max-pixels "
-            f"{self.predictor.max_pixels}; {shape[1]} x {shape[0]} is taken (--tiles {size} keeps a photo's detail)"
+            f"{self.predictor.max_pixels}; {shape[1]} x {shape[0]} is taken{tiles}"
         )
 
     def _predicted(self, items: Iterable[_Item]) -> Iterator[_Item]:
@@ -261,7 +265,8 @@ class PredictJob:
         if item.depth is None:
             return item
         item.target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self._picture(item.photo, item.depth)).save(f"{item.target}{PICTURE}")
+        with in_place(Path(f"{item.target}{PICTURE}")) as draft:
+            Image.fromarray(self._picture(item.photo, item.depth)).save(draft)
         space = "disparity" if item.depth.near_is_large else "depth"
         for kind in self.plan.save:
             item.depth.save(Path(f"{item.target}{SAVES[kind].format(space=space)}"))
@@ -324,20 +329,26 @@ class PredictJob:
 def predict(flags: Namespace) -> int:
     """The verb: predicts what the flags name and reports it; 0 if anything was written, else 1."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    outputs = name_outputs(find_inputs(flags.photos, flags.outdir))
-    if lost := overwritten(outputs, flags.outdir, flags.save):
-        console.print(f"error: {lost[0]} would be overwritten by a map; change --outdir")
-        return 1
-    skipped = []
+    written, skipped, failed = 0, [], False
     try:
-        predictor, name = open_predictor(
-            flags.checkpoint,
-            flags.encoder,
-            device=flags.device,
-            precision=flags.precision,
-            max_pixels=flags.max_pixels,
-        )
+        outputs = name_outputs(find_inputs(flags.photos, flags.outdir))
+        if lost := overwritten(outputs, flags.outdir, flags.save):
+            raise ConfigError(f"{lost[0]} would be overwritten by a map; change --outdir")
+        with warnings.catch_warnings(record=True) as told:
+            predictor, name = open_predictor(
+                flags.checkpoint,
+                flags.encoder,
+                device=flags.device,
+                precision=flags.precision,
+                max_pixels=flags.max_pixels,
+            )
+        for warning in told:
+            console.print(f"warning: {warning.message}")
         console.print(f"model: {name}")
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}")
+        return 1
+    try:
         plan = PredictPlan(**{option.name: getattr(flags, option.name) for option in fields(PredictPlan)})
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -346,17 +357,19 @@ def predict(flags: Namespace) -> int:
                 predictor, plan, say=console.print, watch=lambda now: progress.update(task, description=now)
             )
             for path, problem in job.run(outputs):
-                if problem is not None:
+                if problem is None:
+                    written += 1
+                else:
                     skipped.append(path.name)
                     console.print(f"skipped {path}: {problem}")
                 progress.advance(task)
-    except (ValueError, OSError) as error:
-        console.print(f"error: {error}")
-        return 1
-    num_written = len(outputs) - len(skipped)
+    except OSError as error:
+        failed = True
+        where = error.filename or flags.outdir
+        console.print(f"error: {where}: {error.strerror or error}; make it writable, or change --outdir")
     names = f" ({', '.join(skipped)})" if skipped else ""
-    print(f"{num_written} written to {flags.outdir}, {len(skipped)} skipped{names}")
-    return 0 if num_written else 1
+    print(f"{written} written to {flags.outdir}, {len(skipped)} skipped{names}")
+    return 0 if written and not failed else 1
 
 
 T = TypeVar("T")

@@ -123,6 +123,7 @@ def print_sets() -> None:
             )
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    print("not packed:     da2k, pairs of points, read by depthany.data.sources.da2k alone, and embedded")
     print("folder_pair     your own images and labels in two folders, matched by name")
     print("index_csv       your own, listed in a CSV file that says what each label means")
     print("\nunlabelled sets (unlabelled=NAME)")
@@ -142,10 +143,15 @@ def next_commands(job: Preparation) -> list[str]:
     """What can be done with what is prepared."""
     if isinstance(job, TruthPacking):
         uses = read_cards().get(getattr(job.source, "dataset", ""), {}).get("used_in", [])
-        mixtures = [data for use, data in (("v2", "v2_synthetic"), ("v1", "v1_labelled")) if use in uses]
+        said = {"v2": "data=v2_synthetic", "v1": "recipe=v1 data=v1_labelled"}
+        mixtures = [data for use, data in said.items() if use in uses]
+        part = f"data.sources.{job.name}"
         return [
             f"python -m depthany.audit dataset=shards root={job.out} dataset.name={job.name}",
-            *(f"python -m depthany.train stage=teacher data={data} data.read=shards" for data in mixtures[:1]),
+            *(
+                f"python -m depthany.train stage=teacher {data} {part}.read=shards {part}.shards={job.out}"
+                for data in mixtures[:1]
+            ),
         ]
     return [f"python -m depthany.pseudo_label teacher=last shards={job.out}"]
 
@@ -164,11 +170,11 @@ def print_summary(summary: Summary, following: list[str]) -> None:
     speed = f", {summary.made / summary.seconds:,.0f} images/s" if summary.made else ""
     table.add_row("this run", f"{summary.made:,} images in {summary.seconds:,.0f} s{speed}")
     Console().print(table)
-    for file, reason in list(summary.problems.items())[:5]:
-        print(f"not used: {file}: {reason}")
+    for line in [*[f"{file}: {reason}" for file, reason in summary.problems.items()][:5], *summary.damaged]:
+        print(f"not used: {line}")
     if len(summary.problems) > 5:
         print(f"and {len(summary.problems) - 5:,} more files")
     if summary.dropped or summary.problems:
         print(f"dropped: {summary.out / DROPPED}")
-    for number, command in enumerate(following):
+    for number, command in enumerate(following if summary.images else ()):
         print(f"{'or:' if number else 'next:':<9}{command}")

@@ -67,7 +67,8 @@ def input_sizes(input_size: int | None, sizes: Sequence[int] | None, predictor: 
     """The short sides at which a model is scored, in ascending order.
 
     Raises:
-        ConfigError: both options are given, there is no size, or one has no whole patch.
+        ConfigError: both options are given, there is no size, one has no whole patch, or not even a square image of
+            one fits into memory.
     """
     if input_size is not None and sizes is not None:
         raise ConfigError("input_size is one size and sizes are several: give one of the two options")
@@ -77,6 +78,12 @@ def input_sizes(input_size: int | None, sizes: Sequence[int] | None, predictor: 
         raise ConfigError(
             f"sizes or input_size: {what}; give pixels, at least {predictor.patch_size}, as sizes=[518,1036]"
         )
+    if asked[-1] > predictor.input_size:  # its own size is taken to fit: telling takes a moment
+        side = -(-asked[-1] // predictor.patch_size) * predictor.patch_size
+        try:
+            require_memory(predictor.model, batch=1, height=side, width=side, precision=predictor.precision)
+        except ValueError as error:
+            raise ConfigError(f"sizes or input_size: {error}: take smaller ones") from error
     return asked
 
 

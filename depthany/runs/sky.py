@@ -4,6 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from inspect import signature
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -87,9 +88,10 @@ def make_masks(
     Raises:
         ConfigError: whatever the user has to change.
     """
-    if not isinstance(source, Raw):
+    if not isinstance(source, Raw) or "sky_masks" not in signature(type(source)).parameters:
         raise ConfigError(
-            f"dataset={source.name}: sky masks belong to image files, and this source has none of its own"
+            f"dataset={source.name} has no option sky_masks, so nothing would read the masks; images of your own go in "
+            "as dataset=folder_pair"
         )
     if source.sky_masks:
         raise ConfigError("dataset.sky_masks is for reading: set it to null while masks are made")

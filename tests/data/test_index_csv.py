@@ -190,6 +190,10 @@ def test_a_wrong_index_is_named(tmp_path: Path) -> None:
         written(tmp_path, header=HEADER.replace("invalid,", "")).check()
     with pytest.raises(ValueError, match="no rows"):
         written(tmp_path).check()
+    latin = written(tmp_path, "caf\u00e9.png,d.npy,x,depth,1,0,,,,,,")
+    latin.index.write_text(latin.index.read_text(encoding="utf-8"), encoding="latin-1")
+    with pytest.raises(ValueError, match=r"mine\.csv is no CSV file in UTF-8"):
+        latin.check()
     pairs = written(tmp_path, "a.png,d.npy,x,depth,1,0,,,,,,")
     with pytest.raises(ValueError, match=r"2 of 2 files are missing, first .*a\.png"):
         pairs.prepare()

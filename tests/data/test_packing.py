@@ -339,7 +339,7 @@ def test_a_damaged_shard_is_told_and_made_again_when_it_is_deleted(tmp_path: Pat
     before = visible(tmp_path / "out")
     tar = tmp_path / "out" / "set-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-600])
-    with pytest.raises(ShardError, match=r"set-000001\.tar.*delete both"):
+    with pytest.raises(ShardError, match=r"set-000001\.tar.*delete its index"):
         packing(tmp_path / "raw", tmp_path / "out").run()
     tar.unlink()
     tar.with_suffix(".json").unlink()

@@ -1,6 +1,7 @@
 """Packing a labelled set: training reads from the shards what the reader gives, whatever interrupts or is damaged."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -199,6 +200,23 @@ def _key(number: int) -> str:
     return f"folder_pair/images/{number}_{'jpg' if number % 2 else 'png'}"
 
 
+def test_a_file_that_a_disk_did_not_give_is_tried_again_although_it_has_not_changed(tmp_path: Path) -> None:
+    root, out = tmp_path / "raw", tmp_path / "out"
+    write_folder_pair(root)
+    source = pair(root)
+
+    def content(path: str) -> bytes:
+        if path == "depth/1.npy":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return (root / path).read_bytes()
+
+    source.content = content  # type: ignore[method-assign]
+    summary = packing(source, out).run()
+    assert summary.dropped == {"unreadable": 1} and "Input/output error" in summary.damaged[0]
+    assert packing(pair(root), out).run().dropped == {}
+    assert_equal(packed(out, "folder_pair"), raw(pair(root)))
+
+
 def test_a_sample_whose_files_or_row_changed_is_replaced(tmp_path: Path) -> None:
     root, out = tmp_path / "raw", tmp_path / "out"
     write_index_csv(root)
@@ -234,8 +252,13 @@ def test_bad_input_is_one_line_that_names_the_way_out(tmp_path: Path) -> None:
         packing(pair(root), out).run()
     write_folder_pair(root)
     packing(pair(root), out).run()
-    with pytest.raises(PackError, match=r"was prepared with options=.*: say the same again, or name another folder"):
+    with pytest.raises(
+        PackError, match=r"was prepared with invalid=\[0.0\]: say the same again, or name another folder"
+    ):
         packing(pair(root, invalid=[7]), out).run()
+    write_folder_pair(tmp_path / "other")
+    with pytest.raises(PackError, match=r"was prepared with root=\S+raw: say the same again, or name another folder"):
+        packing(pair(tmp_path / "other"), out).run()
     tar = out / "folder_pair-000000.tar"
     os.truncate(tar, 5000)
     with pytest.raises(

@@ -568,3 +568,17 @@ def test_transformers_agrees_on_larger_models(tmp_path: Path, name: str) -> None
 def official_config(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         return DepthModel(pretrained=False, **OFFICIAL[name]).config()
+
+
+def test_half_precision_of_encoders_with_a_split_bias(tmp_path: Path) -> None:
+    """The zeros that stand for the keys' bias are in no file: they follow the weights."""
+    options: dict[str, Any] = {
+        "encoder": "vit_small_patch16_dinov3_qkvb",
+        "encoder_arguments": {"depth": 4},
+        "taps": [0, 1, 2, 3],
+    }
+    options |= {"pos_embed": "auto", "features": 4, "out_channels": [4] * 4, "hidden": 4, "activation": "relu"}
+    model = DepthModel(**options, input_size=224, pretrained=False, max_depth=None)
+    save_weights(model.bfloat16(), tmp_path / "m.safetensors", metadata={})
+    back, _ = load_weights(tmp_path / "m.safetensors")
+    assert back(torch.ones(1, 3, 32, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -18,11 +18,12 @@ from tests.layouts import SIZES, SMALL_HEAD, TINY, hugging_face_config, hugging_
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An official V1 file in half precision, and a folder for transformers of a tiny model."""
+    """An official V1 file in half precision, and a folder for transformers of a tiny metric model."""
     folder = tmp_path_factory.mktemp("given")
     state = official_state(**SMALL_HEAD | {"hidden": 32})
     torch.save({key: value.half() for key, value in state.items()}, folder / "depth_anything_vits14.pth")
-    write_config(folder / "hf", hugging_face_config(width=48, depth=4, heads=3, taps=(0, 1, 2, 3)))
+    metric = {"depth_estimation_type": "metric", "max_depth": 20}
+    write_config(folder / "hf", hugging_face_config(width=48, depth=4, heads=3, taps=(0, 1, 2, 3), **metric))
     save_file(hugging_face_state(official_state(**TINY), transformers=4), folder / "hf" / "model.safetensors")
     return folder
 
@@ -96,7 +97,7 @@ def test_options_that_do_not_fit(given: Path, tmp_path: Path, options: dict[str,
 
 @pytest.mark.slow
 def test_every_format_on_a_photo(given: Path, tmp_path: Path) -> None:
-    """A tiny model through hf, which transformers opens, torchscript, and onnx with pictures."""
+    """A tiny metric model through hf, which transformers opens, torchscript, and onnx with pictures."""
     pixels = torch.randint(0, 255, (12, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     photo = tmp_path / "photo.png"
     cv2.imwrite(str(photo), cv2.resize(pixels, (160, 120), interpolation=cv2.INTER_CUBIC))
@@ -112,7 +113,7 @@ def test_every_format_on_a_photo(given: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_onnx_of_vits(tmp_path: Path) -> None:
-    """518 x 693 and 252 x 336 of the official model, neither of which is traced."""
+    """252 x 336 and 126 x 168 of the official model, neither of which is traced."""
     torch.save(official_state(**SIZES["vits"]), tmp_path / "depth_anything_v2_vits.pth")
-    lines = run(tmp_path / "depth_anything_v2_vits.pth", tmp_path / "m.onnx", form="onnx", size=None)
-    assert [line.split(":")[0] for line in lines[1:3]] == ["ONNX Runtime 1 x 518 x 686", "ONNX Runtime 2 x 252 x 336"]
+    lines = run(tmp_path / "depth_anything_v2_vits.pth", tmp_path / "m.onnx", form="onnx", size=252)
+    assert [line.split(":")[0] for line in lines[1:3]] == ["ONNX Runtime 1 x 252 x 336", "ONNX Runtime 2 x 126 x 168"]

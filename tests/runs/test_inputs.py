@@ -76,5 +76,16 @@ def test_an_input_that_would_be_replaced_is_found() -> None:
     assert overwritten(outputs, Path("/q"), tuple(SAVES)) == []
 
 
+def test_what_lies_beside_an_input_is_not_overwritten(tmp_path: Path) -> None:
+    """Also where nobody named it, and by another way to the folder."""
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "way").symlink_to(tmp_path)
+    outputs = name_outputs({tmp_path / "a.jpg": tmp_path})
+    for outdir in (tmp_path, tmp_path / "way"):
+        assert overwritten(outputs, outdir, ()) == [tmp_path / "a.png"]
+    assert overwritten(outputs, tmp_path / "out", ()) == []
+
+
 def test_what_is_offered_is_known() -> None:
     assert tuple(SAVES) == OFFERED

@@ -70,15 +70,19 @@ class FolderPair(Raw):
         if sky_above is not None and quantity == "disparity":
             raise ValueError(f"source {name}: sky_above is a depth, but quantity=disparity: name the code as sky")
         self.images, self.depth = PurePosixPath(images), PurePosixPath(depth)
-        self.quantity, self.scale, self.invalid = Quantity(quantity), scale, [float(code) for code in invalid]
+        self.quantity, self.scale = Quantity(quantity), scale
+        self.invalid = [float(code) for code in invalid if code == code]  # NaN always is, and is no JSON
         self.sky, self.sky_above, self.focal_px, self.centre_px = sky, sky_above, focal_px, centre_px
         self.encoding, self.array = encoding, array
         unscaled = DepthKind.AFFINE if quantity == "disparity" else DepthKind.SCALE
         scaled = DepthKind.SCALE if quantity == "disparity" else DepthKind.METRIC
         self.kind = unscaled if scale is None else scaled
-        meaning = [quantity, scale, self.invalid, sky, sky_above, focal_px, centre_px, encoding, array]
-        labels = [str(float(value) if isinstance(value, int) else value) for value in meaning]
-        self.options = {"images": images, "depth": depth, "labels": labels}
+        numbers = {"scale": scale, "sky": sky, "sky_above": sky_above, "focal_px": focal_px}  # 1 and 1.0 are alike
+        self.options = {
+            **{"images": images, "depth": depth, "quantity": quantity, "encoding": encoding, "array": array},
+            **{option: None if value is None else float(value) for option, value in numbers.items()},
+            **{"invalid": self.invalid, "centre_px": centre_px and [float(value) for value in centre_px]},
+        }
 
     def check(self) -> None:
         """Also the two folders."""

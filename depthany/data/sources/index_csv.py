@@ -112,11 +112,14 @@ class IndexCsv:
             raise ValueError(f"source {self.name}: {self.index} is missing: correct `root` or `index`")
         with self.index.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            missing = [column for column in REQUIRED if column not in columns]
-            if missing:
-                raise ValueError(f"{self.index}: no column {', '.join(missing)}: add it to the header line")
-            cells = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
+            try:
+                columns = reader.fieldnames or ()
+                cells = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k}) for row in reader]
+            except (UnicodeDecodeError, csv.Error) as err:
+                raise ValueError(f"{self.index} is no CSV file in UTF-8 ({err}): save it as one") from err
+        missing = [column for column in REQUIRED if column not in columns]
+        if missing:
+            raise ValueError(f"{self.index}: no column {', '.join(missing)}: add it to the header line")
         datasets = {row["dataset"] for _, row in cells}
         unknown = sorted({*self.include, *self.exclude} - datasets)
         if unknown:

@@ -58,7 +58,7 @@ class KittiRaw(Matched):
         index_root: str | None,
     ) -> None:
         super().__init__(name=name, root=root, split=split, files=files, index_root=index_root)
-        self.options |= {"depth": depth}
+        self.options = {"depth": depth}
 
     def frame(self, columns: list[str]) -> str:
         """Of a path, or of drive, number and side."""
@@ -82,9 +82,8 @@ class KittiRaw(Matched):
         data = self.content(row.label)
         if not data or len(data) % 16:
             raise self.damaged(row.label, f"{len(data)} bytes are no whole number of points of four float32")
-        cameras, laser = (_numbers(str(self.root / row.extra[part])) for part in CALIBRATION)
         try:
-            to_image = _to_image(cameras, laser)
+            to_image = _to_image(*(_numbers(str(self.root / row.extra[part])) for part in CALIBRATION))
         except (KeyError, ValueError) as error:
             raise self.damaged(row.extra["cameras"], f"no calibration of KITTI ({error!r})") from error
         points = np.frombuffer(data, "<f4").reshape(-1, 4).astype(np.float64)

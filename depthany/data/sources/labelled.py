@@ -49,7 +49,7 @@ class Labelled:
         self.factor: float = getattr(source, "factor", None) or 1.0
         self.reader = source if read == "raw" else Shards(name=source.name, root=shards, cache=cache)
         self._asked = {"split": source.split, "sky_masks": bool(source.sky_masks)} if isinstance(source, Raw) else {}
-        self._asked |= {key: value for key, value in getattr(source, "options", {}).items() if value is not None}
+        self._asked |= getattr(source, "options", {})
         self.root_option = "source.root" if read == "raw" else "shards"
         self.limit: int | None = None
         self.window = 8

@@ -34,7 +34,6 @@ class Matched(Raw):
     def __init__(self, *, name: str, root: str, split: str, files: str | None, index_root: str | None) -> None:
         super().__init__(name=name, root=root, split=split, index_root=index_root)
         self.files = None if files is None else Path(files)
-        self.options = {"files": None}
 
     def check(self) -> None:
         """Also the list of frames."""
@@ -46,7 +45,7 @@ class Matched(Raw):
 
     def contents(self) -> dict[str, Any]:
         """The list of frames."""
-        return {"files": hashlib.sha256(self.files.read_bytes()).hexdigest()} if self.files else {}
+        return {"files": hashlib.sha256(self.files.read_bytes()).hexdigest() if self.files else None}
 
     def scan(self) -> Iterator[Row]:
         """Matches the files; further ones are in `extra` by the name of their part."""

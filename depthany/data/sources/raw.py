@@ -429,10 +429,7 @@ class Raw:
             with tempfile.TemporaryFile(dir=self.index_path.parent):
                 pass
         except OSError as err:
-            raise ValueError(
-                f"source {self.name}: cannot write the list of samples to {self.index_path.parent} ({err.strerror}); "
-                "set `index_root` to a folder for it"
-            ) from err
+            raise self._unwritable(err) from err
         self._folders, self._skips = {}, []
         rows = sorted(self.scan(), key=attrgetter("key"))
         if self.sky_masks:
@@ -456,8 +453,15 @@ class Raw:
             "folders": self._folders,
         }
         data = json.dumps(header).encode() + b"\n" + body
-        write_beside(self.index_path, data)
+        try:
+            write_beside(self.index_path, data)
+        except OSError as err:
+            raise self._unwritable(err) from err
         return _Listing.parse(data)
+
+    def _unwritable(self, err: OSError) -> ValueError:
+        where = f"cannot write the list of samples to {self.index_path.parent} ({err.strerror})"
+        return ValueError(f"source {self.name}: {where}; set `index_root` to a folder for it")
 
     def _stat(self, path: str) -> tuple[int, int]:
         try:
@@ -534,9 +538,12 @@ def read_list(path: Path) -> list[list[str]]:
     """The columns of an official file list, without the slash that some paths begin with; empty lines do not count.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is no text.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: put the dataset's own list there")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path} is no text in UTF-8: give the dataset's own list") from err
     return [[word.lstrip("/") for word in line.split()] for line in lines if line.strip()]

@@ -145,7 +145,8 @@ def ray(samples: Sequence[Measured]) -> Verdict:
     test = "ray read as planar"
     slopes, weights = np.concatenate([s.rays for s in samples], axis=1) if samples else np.empty((2, 0))
     if not len(slopes):
-        return Verdict(test, "cannot tell", np.nan, "no focal length is given, or no large smooth surface is seen")
+        why = "no focal length is given (fov_deg), or no large smooth surface is seen"
+        return Verdict(test, "cannot tell", np.nan, why)
     value = _weighted_median(slopes, weights)
     error = 3 * _weighted_median(np.abs(slopes - value), weights) * 2 / np.sqrt(len(slopes))  # windows overlap
     words = f"planes have {value:.2f} of the bend of a distance (give or take {error:.2f}; {len(slopes)} windows)"
@@ -206,7 +207,8 @@ def pair(samples: Sequence[Measured]) -> Verdict:
         return Verdict(test, "cannot tell", np.nan, "there are fewer than two samples with edges to compare")
     z = own_scores(edged)
     mean = float(z.mean())
-    words = f"own labels fit {mean:.2f} deviations better than those of others ({len(edged)} samples)"
+    words = f"own labels fit {mean:.2f} deviations better than those of others ({len(edged)} samples"
+    words += f"; right ones more than {3 / np.sqrt(len(edged)):.2f})"
     labels = np.stack([s.label_edges.ravel() for s in edged])
     alike = float((labels @ labels.T)[~np.eye(len(edged), dtype=bool)].mean())
     if mean * np.sqrt(len(edged)) > 3:

@@ -73,8 +73,8 @@ def findings(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[s
                 continue
             best = min(known["abs_rel"], key=lambda r: r["abs_rel"])
             text = f"On {source}, {model} is most accurate at input {best['input_size']} (AbsRel {best['abs_rel']:.4f})"
-            if known["edge_f1"]:
-                sharp = max(known["edge_f1"], key=lambda r: r["edge_f1"])
+            sharp = max(known["edge_f1"], key=lambda r: r["edge_f1"], default={"edge_f1": 0.0})
+            if sharp["edge_f1"] > 0:
                 at = sharp["input_size"]
                 text += f" and sharpest at {at} (edge F1 {sharp['edge_f1']:.3g}"
                 text += f", AbsRel {sharp['abs_rel']:.4f})" if at != best["input_size"] else ")"

@@ -97,7 +97,8 @@ def audit(
             continue
         if not has_label(sample):
             raise ConfigError(f"{source.key(index)} has no label: there is nothing to audit")
-        numbers = measure(sample, focal=focal, factor=float(factor))
+        own = getattr(source, "focal_px", None)  # of a folder pair
+        numbers = measure(sample, focal=own / sample["image"].shape[1] if own else focal, factor=float(factor))
         group = source.group(index) if hasattr(source, "group") else dataset
         if len(measured[group]) >= COMPARED:
             numbers = replace(numbers, image_edges=np.empty(0), label_edges=np.empty(0))

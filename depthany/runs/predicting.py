@@ -4,6 +4,7 @@ Legend: H W pixels of a photo, h w pixels of the network input.
 """
 
 import os
+import time
 import warnings
 from argparse import Namespace
 from collections import deque
@@ -37,6 +38,7 @@ from depthany.runs.inputs import FRAMES, PICTURE, SAVES, VIDEO, find_inputs, is_
 
 GAP_PX = 50  # white bar between photo and map, as the official run.py
 GPU_BATCH = 8
+TELL_S = 10.0  # between two lines of progress where there is no terminal for a bar
 TILE_OVERLAP = 0.25  # of two neighbours, as a share of their side
 RANGE_FRAMES = 32  # of a video, looked at before it is painted
 RANGE = (1, 99)  # percentiles of their values: the first and the last colour
@@ -349,6 +351,7 @@ def predict(flags: Namespace) -> int:
         console.print(f"error: {error}")
         return 1
     try:
+        tell = time.monotonic() + TELL_S
         plan = PredictPlan(**{option.name: getattr(flags, option.name) for option in fields(PredictPlan)})
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -363,6 +366,9 @@ def predict(flags: Namespace) -> int:
                     skipped.append(path.name)
                     console.print(f"skipped {path}: {problem}")
                 progress.advance(task)
+                if not console.is_terminal and time.monotonic() > tell:
+                    console.print(f"{written + len(skipped)} of {len(outputs)}")
+                    tell = time.monotonic() + TELL_S
     except OSError as error:
         failed = True
         where = error.filename or flags.outdir

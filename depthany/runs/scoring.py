@@ -64,7 +64,7 @@ def baselines(data: DepthData) -> dict[str, Predict]:
 
 
 def input_sizes(input_size: int | None, sizes: Sequence[int] | None, predictor: Predictor) -> list[int]:
-    """The short sides at which a model is scored, in ascending order.
+    """The short sides at which a model is scored, in ascending order, in whole patches as the official rule has them.
 
     Raises:
         ConfigError: both options are given, there is no size, one has no whole patch, or not even a square image of
@@ -78,8 +78,12 @@ def input_sizes(input_size: int | None, sizes: Sequence[int] | None, predictor: 
         raise ConfigError(
             f"sizes or input_size: {what}; give pixels, at least {predictor.patch_size}, as sizes=[518,1036]"
         )
-    if asked[-1] > predictor.input_size:  # its own size is taken to fit: telling takes a moment
-        side = -(-asked[-1] // predictor.patch_size) * predictor.patch_size
+    patches = {side: -(-side // predictor.patch_size) * predictor.patch_size for side in asked}
+    for side, whole in patches.items():
+        if side != whole:
+            print(f"size {side} becomes {whole}, a multiple of the patch of {predictor.patch_size}")
+    asked = sorted(set(patches.values()))
+    if (side := asked[-1]) > predictor.input_size:  # its own size is taken to fit: telling takes a moment
         try:
             require_memory(predictor.model, batch=1, height=side, width=side, precision=predictor.precision)
         except ValueError as error:

@@ -117,9 +117,10 @@ def print_sets() -> None:
         if "quantity" in card:
             counts = card["expected"] or {}
             count, factor = counts.get("all", sum(filter(None, counts.values()))), card["factor"]
+            samples = f"{count:,}" if count else card["count"]
             table.add_row(
                 *(name, card["kind"], card["unit"], "-" if factor is None else f"{factor:g}"),
-                *(f"{count:,}" if count else "?", card["licence"], str(card["commercial"]), ", ".join(card["used_in"])),
+                *(samples, card["licence"], str(card["commercial"]), ", ".join(card["used_in"])),
             )
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(table)

@@ -27,6 +27,7 @@ KEYS = [
     "image_format",
     "label_format",
     "expected",
+    "count",
     "splits",
     "range_m",
     "defects",
@@ -73,6 +74,7 @@ def test_a_card_agrees_with_its_reader(name: str) -> None:
     assert card["factor"] == reader.factor
     assert tuple(card["splits"]) == reader.splits and card["expected"].keys() == set(reader.splits)
     assert Quantity(card["quantity"]) in list(Quantity)
+    assert bool(card["count"]) == (not any(card["expected"].values()))  # one of them says how many there are
     assert card["commercial"] in ("yes", "no", "unclear") and card["confidence"] in ("A", "B", "C")
     assert set(card["used_in"]) <= {"v1", "v2", "metric", "evaluation"}
     assert card["range_m"] is None or card["range_m"][0] < card["range_m"][1]

@@ -41,7 +41,7 @@ def write_segmenter(
 
 def reference(folder: Path, picture: np.ndarray, wanted: set[str]) -> np.ndarray:
     """(H, W) bool by the means of transformers alone."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs depthany[hf]")
     model = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     with torch.no_grad():

@@ -17,10 +17,10 @@ from PIL import Image
 from depthany.data.files import read_image
 from depthany.inference.depth_map import load_map
 from depthany.inference.predictor import Predictor
-from depthany.models.depth_model import DepthModel
 from depthany.models.weights import load_weights, save_weights
 from depthany.runs.demo import sizes
 from tests.processes import Group, Zygote
+from tests.tiny import tiny_model
 
 PATCH, OWN = 8, 56
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -29,18 +29,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = DepthModel(
-        encoder="vit_tiny_patch16_224",
-        encoder_arguments={"patch_size": PATCH, "embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": OWN},
-        taps=[0, 1, 2, 3],
-        features=24,
-        hidden=12,
-        out_channels=[24, 48, 96, 96],
-        pos_embed="official",
-        pretrained=False,
-        activation="softplus",
-        input_size=OWN,
-    )
+    model = tiny_model()
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_weights(model, path, metadata={})
     return path

@@ -76,7 +76,7 @@ def test_torchscript_at_other_sizes(tiny: DepthModel, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_onnx_at_other_sizes_and_with_pictures(tiny: DepthModel, tmp_path: Path) -> None:
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    onnx, onnxruntime = (pytest.importorskip(name, reason="needs depthany[export]") for name in ("onnx", "onnxruntime"))
     write_onnx(tiny, tmp_path / "m.onnx", pictures=None)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for image in images():

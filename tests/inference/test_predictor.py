@@ -15,29 +15,13 @@ from depthany.geometry.pictures import EXIF_ORIENTATION
 from depthany.geometry.resize import lower_bound_size
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> DepthModel:
     torch.manual_seed(0)
-    return DepthModel(
-        encoder="vit_tiny_patch16_224",
-        encoder_arguments={
-            "patch_size": 8,
-            "embed_dim": 96,
-            "depth": 4,
-            "num_heads": 3,
-            "img_size": 56,
-        },
-        taps=[0, 1, 2, 3],
-        features=24,
-        hidden=12,
-        out_channels=[24, 48, 96, 96],
-        pos_embed="official",
-        pretrained=False,
-        activation="softplus",
-        input_size=56,
-    )
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from depthany.inference.predictor import Predictor
 from depthany.inference.tiles import predict_tiled
-from depthany.models.depth_model import DepthModel
 from depthany.types import IMAGENET_MEAN, IMAGENET_STD
+from tests.tiny import tiny_model
 
 
 class Brightness(nn.Module):
@@ -120,18 +120,7 @@ def test_any_photo_gives_a_map_of_its_size(size: tuple[int, int]) -> None:
 def test_a_real_model_has_no_seams() -> None:
     """Its tiles differ from each other by more than scale and shift; what it says changes no faster at a border."""
     torch.manual_seed(0)
-    model = DepthModel(
-        encoder="vit_tiny_patch16_224",
-        encoder_arguments={"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 56},
-        taps=[0, 1, 2, 3],
-        features=24,
-        hidden=12,
-        out_channels=[24, 48, 96, 96],
-        pos_embed="official",
-        pretrained=False,
-        activation="softplus",
-        input_size=56,
-    )
+    model = tiny_model()
     made = predict_tiled(predictor(model), scene(), input_size=56, tile=112, overlap=0.3).values
     step = np.abs(np.diff(made, axis=1)).max(0)  # the steepest of each column; tiles begin at columns 60 and 120
     borders = np.concatenate([step[57:63], step[109:115], step[117:123], step[169:175]])

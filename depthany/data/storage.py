@@ -29,6 +29,7 @@ PAUSE_S = 0.5  # before the second try; doubled for each further one
 FORGET_S = 60.0  # what could not be read is not asked for again in this time: other samples need not wait for it too
 PIECE = 1 << 20
 MAX_TEXT = 1 << 28  # bytes of a file whose size is not known beforehand
+SPARE = 1 << 30  # bytes of a disk that stay free beside copies; of a small disk a twentieth
 ROOM = "give it room, or set it to null"
 
 T = TypeVar("T")
@@ -302,11 +303,11 @@ def _alone(lock: BinaryIO, part: Path) -> bool:
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    """Deletes copies, those first that were not used for the longest time, until a file fits and 5 % stay free."""
+    """Deletes copies, those first that were not used for the longest time, until a file fits and SPARE stays free."""
     copies = [path for path in folder.iterdir() if re.match(r"[0-9a-f]{24}-", path.name)]
     used = {path: path.stat().st_mtime for path in copies if path.exists()}
     for path in sorted(used, key=lambda path: used[path]):
         disk = shutil.disk_usage(folder)
-        if disk.free - needed > disk.total // 20:
+        if disk.free - needed > min(SPARE, disk.total // 20):
             return
         path.unlink(missing_ok=True)

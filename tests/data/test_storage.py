@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(storage, "PAUSE_S", 0.001)
+    monkeypatch.setattr(storage, "SPARE", 0)  # copies are kept however full the disk under the tests is
 
 
 def checked(offset: int, size: int) -> Callable[[bytes], bytes]:
@@ -283,7 +284,12 @@ def test_a_killed_download_leaves_no_copy_and_does_not_stand_in_the_way(folder: 
             child.join()
 
 
-def test_the_longest_unused_copies_make_room(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("spare", "twentieth"), [(1 << 30, len(CONTENT)), (len(CONTENT), 5 << 40)])
+def test_the_longest_unused_copies_make_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, twentieth: int
+) -> None:
+    """A twentieth of a small disk stays free, and no more than SPARE of a large one."""
+    monkeypatch.setattr(storage, "SPARE", spare)
     cache = tmp_path / "cache"
     (cache / "mine").mkdir(parents=True)
     (cache / "mine.txt").write_text("not a copy")
@@ -295,7 +301,7 @@ def test_the_longest_unused_copies_make_room(folder: Path, tmp_path: Path, monke
 
         def usage(folder: Path) -> Any:  # a disk that is too full until two copies are gone
             free = len(CONTENT) * (5 - len(list(Path(folder).glob("*-x.tar*"))))
-            return type("Usage", (), {"total": 20 * len(CONTENT), "free": free})
+            return type("Usage", (), {"total": 20 * twentieth, "free": free})
 
         monkeypatch.setattr("shutil.disk_usage", usage)
         newest = get(f"{server.url}/x.tar?4", cache)

@@ -487,6 +487,7 @@ def test_whose_labels_there_are(tmp_path: Path) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(storage, "PAUSE_S", 0.001)
+    monkeypatch.setattr(storage, "SPARE", 0)  # copies are kept however full the disk under the tests is
 
 
 def served(folder: Path) -> tuple[dict[str, Any], Path]:

@@ -88,6 +88,29 @@ def official_state(*, seed: int = 0, **size: Any) -> dict[str, Tensor]:
     return state
 
 
+def zoedepth_state(relative: Mapping[str, Tensor], *, seed: int = 0) -> dict[str, Tensor]:
+    """A metric model of V1 as `depth_anything_metric_depth_indoor.pt` holds it under "model", on a relative model."""
+    features = relative["depth_head.scratch.output_conv1.weight"].shape[1]
+    last = relative["depth_head.scratch.output_conv2.0.weight"].shape[0] + 1 + 128
+    nets = {"seed_bin_regressor": (features, 256, 64), "seed_projector": (features, 128, 128)}
+    for i, attractors in enumerate((16, 8, 4, 1)):
+        nets |= {f"projectors.{i}": (features, 128, 128), f"attractors.{i}": (128, 128, attractors)}
+    shapes = {"conv2": (features, features), "conditional_log_binomial.mlp.0": (last // 2, last)}
+    shapes["conditional_log_binomial.mlp.2"] = (4, last // 2)
+    for name, (first, inner, out) in nets.items():
+        shapes |= {f"{name}._net.0": (inner, first), f"{name}._net.2": (out, inner)}
+    generator = torch.Generator().manual_seed(seed)
+    state = {f"core.core.{key}": value for key, value in relative.items()}
+    for name, (out, width) in shapes.items():
+        state[f"{name}.weight"] = torch.randn(out, width, 1, 1, generator=generator) * (2 / width) ** 0.5
+        state[f"{name}.bias"] = torch.randn(out, generator=generator) / 3
+    transform = "conditional_log_binomial.log_binomial_transform"
+    return state | {f"{transform}.k_idx": torch.arange(64).view(1, -1, 1, 1), f"{transform}.K_minus_1": K_MINUS_1}
+
+
+K_MINUS_1 = torch.tensor([63.0]).view(1, -1, 1, 1)
+
+
 def dinov2_state(*, registers: int, **size: Any) -> dict[str, Tensor]:
     """An encoder's file as facebookresearch/dinov2 publishes it, with registers or without (0)."""
     state = official_state(**size, features=8, out_channels=(8, 8, 8, 8))

@@ -18,6 +18,7 @@ from depthany.geometry.pictures import upright_rgb
 from depthany.geometry.resize import MAX_INPUT_PIXELS, fit_size, lower_bound_size, normalised
 from depthany.inference.depth_map import DepthMap
 from depthany.models.depth_model import DepthModel
+from depthany.types import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Predictor(nn.Module):
@@ -79,7 +80,8 @@ class Predictor(nn.Module):
         """(h, w) of the network input of a photo of (H, W) pixels, within `max_pixels`.
 
         The official rule: the short side is `input_size`, both sides are multiples of the patch. Where that has more
-        than `max_pixels`, both sides shrink by one factor: `fit_size`.
+        than `max_pixels`, both sides shrink by one factor: `fit_size`. Metric models of V1 have a shape of their own,
+        which every photo gets unless an input size is asked for.
 
         Args:
             height: Of the photo in pixels.
@@ -89,7 +91,9 @@ class Predictor(nn.Module):
         Raises:
             ValueError: An input size that is not positive.
         """
-        size = self._size(input_size)
+        size, own = self._size(input_size), self.model.input_shape
+        if input_size is None and own is not None and own[0] * own[1] <= self.max_pixels:
+            return own
         return fit_size(height, width, size=size, multiple=self.patch_size, max_pixels=self.max_pixels)
 
     def network_input(self, image: np.ndarray, *, input_size: int | None, antialias: bool = False) -> np.ndarray:
@@ -113,6 +117,22 @@ class Predictor(nn.Module):
                 f"lower --input-size or raise --max-pixels ({self.max_pixels})"
             )
         return normalised(image, (h, w), antialias=antialias)
+
+    def resized(self, image: np.ndarray, shape: tuple[int, int], *, antialias: bool) -> np.ndarray:
+        """A photo (H, W, 3) uint8 as the network wants it, (h, w, 3) float32: resized by the rule of the weights.
+
+        Args:
+            image: upright RGB.
+            shape: (h, w), from `input_shape`.
+            antialias: As in `network_input`.
+        """
+        if shape != self.model.input_shape or antialias:
+            return normalised(image, shape, antialias=antialias)
+        # PrepForMidas in metric_depth/zoedepth/models/base_models/depth_anything.py of Depth Anything V1.
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        pixels = interpolate(pixels, shape, mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
+        made: np.ndarray = ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).numpy()
+        return made
 
     @torch.inference_mode()
     def disparity(self, inputs: Sequence[np.ndarray]) -> Tensor:
@@ -144,7 +164,7 @@ class Predictor(nn.Module):
         pixels = _checked(_pixels(image))
         shape = self.input_shape(*pixels.shape[:2], input_size=input_size)
         return self.predict_batch(
-            [normalised(pixels, shape, antialias=antialias)], [pixels.shape[:2]], confidence=confidence
+            [self.resized(pixels, shape, antialias=antialias)], [pixels.shape[:2]], confidence=confidence
         )[0]
 
     def predict_batch(

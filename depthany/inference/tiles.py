@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthany.geometry.resize import normalised
 from depthany.inference.depth_map import DepthMap
 from depthany.inference.predictor import Predictor
 
@@ -61,7 +60,7 @@ def predict_tiled(
     for top in _starts(height, h, overlap):
         for left in _starts(width, w, overlap):
             part = slice(top, top + h), slice(left, left + w)
-            pixels = normalised(np.ascontiguousarray(image[part]), shape, antialias=antialias)
+            pixels = predictor.resized(np.ascontiguousarray(image[part]), shape, antialias=antialias)
             seen = predictor.predict_batch([pixels], [(h, w)])[0]
             values = torch.from_numpy(np.where(seen.valid, seen.values, np.nan))
             total[part] += weight * _aligned(values, base[part])

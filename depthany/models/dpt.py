@@ -3,7 +3,7 @@
 Legend: B batch, H W pixels, h w patches, C channels, F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast
 
 import torch
@@ -90,6 +90,12 @@ class DPTHead(nn.Module):
         Returns:
             (B, H, W), in the dtype of the head's weights, also under autocast.
         """
+        for fused in self.fuse(taps):
+            finest = fused  # the others are not kept
+        return self.last(finest, size)[0]
+
+    def fuse(self, taps: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yields the coarsest layer and the refined maps from coarse to fine, (B, F, ., .), the last one at 8h x 8w."""
         layers = [
             self.scratch[f"layer{level}_rn"](resize(project(tap)))  # (B, C, h, w) -> (B, F, ~ 8h / 2^level, ...)
             for level, (tap, project, resize) in enumerate(
@@ -97,17 +103,22 @@ class DPTHead(nn.Module):
             )
         ]
         one, two, three = (tuple(layer.shape[-2:]) for layer in layers[:3])
-        x = self.scratch["refinenet4"](layers[3], None, size=three)
-        x = self.scratch["refinenet3"](x, layers[2], size=two)
-        x = self.scratch["refinenet2"](x, layers[1], size=one)
-        x = self.scratch["refinenet1"](x, layers[0], size=(2 * one[0], 2 * one[1]))  # (B, F, 8h, 8w)
-        x = _resize(self.scratch["output_conv1"](x), size)  # (B, F / 2, H, W)
+        yield (x := layers[3])
+        yield (x := self.scratch["refinenet4"](x, None, size=three))
+        yield (x := self.scratch["refinenet3"](x, layers[2], size=two))
+        yield (x := self.scratch["refinenet2"](x, layers[1], size=one))
+        yield self.scratch["refinenet1"](x, layers[0], size=(2 * one[0], 2 * one[1]))
+
+    def last(self, fused: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """`forward`'s map of the finest refined map, and (B, hidden, H, W) that the last convolution takes."""
+        x = _resize(self.scratch["output_conv1"](fused), size)  # (B, F / 2, H, W)
         # A Sequential of these.
         conv, relu, last = cast(tuple[nn.Conv2d, nn.ReLU, nn.Conv2d], self.scratch["output_conv2"])
         x = relu(conv(x))  # (B, hidden, H, W)
         # bfloat16 would leave 8 bits to the map that labels and gradients are made of.
         with torch.autocast(x.device.type, enabled=False):
-            return ACTIVATIONS[self.activation](last(x.to(last.weight.dtype))).squeeze(1)  # (B, 1, H, W) -> (B, H, W)
+            values = ACTIVATIONS[self.activation](last(x.to(last.weight.dtype)))  # (B, 1, H, W)
+        return values.squeeze(1), x
 
 
 class FusionBlock(nn.Module):

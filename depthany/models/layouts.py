@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from depthany.models.zoedepth import INPUT_SHAPE
+
 FILES = (  # of a model folder, by preference
     "model.safetensors",
     "model.safetensors.index.json",
@@ -128,7 +130,12 @@ class Copy(NamedTuple):
     beside: list[str]
 
 
-_ROOT = re.compile(r"((?:[^.]+\.)*?)(pretrained|depth_head|backbone|neck|head)\.")  # nesting, and a part of a model
+# Nesting, and a part of a model.
+_ROOT = re.compile(r"((?:[^.]+\.)*?)(pretrained|depth_head|metric_head|backbone|neck|head)\.")
+_CORE = re.compile(r"((?:[^.]+\.)*?)core\.core\.")
+_BINS = re.compile(
+    r"((?:[^.]+\.)*?)(conv2|seed_bin_regressor|seed_projector|projectors|attractors|conditional_log_binomial)\."
+)
 
 
 def find_copy(content: Mapping[str, Any], *, source: str) -> Copy:
@@ -142,12 +149,8 @@ def find_copy(content: Mapping[str, Any], *, source: str) -> Copy:
     """
     copies: list[Copy] = []
     loose: list[str] = []
-    if any("conditional_log_binomial" in key for _, entries in _mappings(content) for key in entries):
-        raise ValueError(
-            f"{source} is a metric model of Depth Anything V1 (ZoeDepth), which is another network: take the relative "
-            "model, or a metric one of V2"
-        )
     for name, entries in _mappings(content):
+        entries = _from_zoedepth(entries)
         groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in entries.items():
             match = _ROOT.match(key)
@@ -217,6 +220,21 @@ def _mappings(content: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterato
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Mapping) and len(path) < 3:
             yield from _mappings(value, (*path, key))
+
+
+def _from_zoedepth(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metric models of V1 under our names: the relative model lies in `core.core`, its bins beside that."""
+    if not any(map(_CORE.match, entries)):
+        return entries
+    return {
+        _CORE.sub(r"\1", key, count=1) if _CORE.match(key) else _BINS.sub(r"\1metric_head.\2.", key, count=1): value
+        for key, value in entries.items()
+    }
+
+
+def is_zoedepth(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict under our names is that of a metric model of V1."""
+    return any(key.startswith("metric_head.") for key in state)
 
 
 def _is_whole(state: Mapping[str, Tensor]) -> bool:
@@ -462,6 +480,7 @@ def describe(
             "its heads and taps stand nowhere in it. Name its run folder, its model.safetensors, or its folder with "
             "config.json"
         )
+    bins = is_zoedepth(state)
     if told is None:
         last_four = list(range(depth - 4, depth))
         told = Taps(list(OFFICIAL[name]["taps"]) if version == "V2" else last_four, width // 64, max_depth)
@@ -485,6 +504,7 @@ def describe(
         "features": shape["fused"][0],
         "out_channels": [shape[f"project{i}"][0] for i in range(4)],
         "hidden": shape["hidden"][0],
-        "input_size": size,
+        "input_size": min(INPUT_SHAPE) if bins else size,
+        **({"metric_head": "zoedepth"} if bins else {}),
         **({} if told.max_depth is None else {"activation": "sigmoid", "max_depth": told.max_depth}),
     }

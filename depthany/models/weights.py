@@ -21,6 +21,7 @@ from depthany.models.layouts import (
     describe,
     find_copy,
     is_hugging_face,
+    is_zoedepth,
     max_depth_in_name,
     read_config,
     read_plain,
@@ -93,8 +94,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -> tuple[DepthModel, dict[str, str]]:
     """The model of a weight file of any known layout, and what the file says of itself; executes no code.
 
-    Known are depthany's .safetensors and training checkpoints, the official files of Depth Anything V1 (relative) and
-    V2 (relative and metric), and `DepthAnythingForDepthEstimation` of transformers 4 and 5, as a folder or a single
+    Known are depthany's .safetensors and training checkpoints, the official files of Depth Anything V1 and V2 (relative
+    and metric), and `DepthAnythingForDepthEstimation` of transformers 4 and 5, as a folder or a single
     file, each as .safetensors or torch file, under any wrapper (`{"model": ...}`) and prefix (`module.`), with averaged
     copies (taken rather than the others) and in any precision. Encoder, widths and taps are read off the file. Official
     files do not say their taps: they go by the name (`depth_anything_v2_*`, `depth_anything_vits14`), and are V2's,
@@ -113,7 +114,7 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
         `facts`.
 
     Raises:
-        ValueError: no such file, another layout, a metric model of V1 or of unknown range, keys that do not fit (all
+        ValueError: no such file, another layout, a metric model of V2 of unknown range, keys that do not fit (all
             listed), or content that would have to be executed.
     """
     file = weight_file(Path(path)) if Path(path).is_dir() else Path(path)
@@ -137,8 +138,8 @@ def load_weights(path: str | Path, *, config: Mapping[str, Any] | None = None) -
         layout = "Hugging Face" if is_hugging_face(copy.state) else "official"
     if config is None:
         told = read_config(file) if layout == "Hugging Face" else None
-        version = version_in_name(file)
-        max_depth = max_depth_in_name(file, content) if told is None else None
+        version = "V1" if is_zoedepth(state) else version_in_name(file)
+        max_depth = max_depth_in_name(file, content) if told is None and not is_zoedepth(state) else None
         config = describe(state, told=told, version=version or "V2", source=str(file), max_depth=max_depth)
         if told is None and version is None:
             warnings.warn(
@@ -160,9 +161,9 @@ def _build(config: Mapping[str, Any] | str, state: Mapping[str, Tensor], *, sour
     except (TypeError, ValueError, RuntimeError) as err:
         raise ValueError(f"{source} describes a model that cannot be built: {err}") from err
     for module in model.modules():  # what no file stores, as the periods of rotary positions, is computed
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if hasattr(module, "init_non_persistent_buffers") and any(b.is_meta for b in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
-            module.init_non_persistent_buffers()  # type: ignore[operator]  # timm's
+            module.init_non_persistent_buffers()  # timm's
     load_strictly(model, state, source=str(source), assign=True)
     for module in model.modules():  # zeros beside weights, as the bias of keys, in their precision; periods stay exact
         for weight in islice(module.parameters(recurse=False), 1):

@@ -5,6 +5,7 @@ What others store and never run (`layouts.UNUSED`) is given back where the sourc
 Legend: D encoder width.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ _REQUIRED = (
     "pretrained.blocks.0.ls1.gamma",
     "pretrained.blocks.0.attn.qkv.bias",
 )
+_BINS = re.compile(r"metric_head\.")
 _DROP = {"drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"}  # of training alone
 
 
@@ -40,16 +42,18 @@ def official_name(model: DepthModel) -> str:
         problems += [f"hidden={config['hidden']} instead of 32"]
     depth = len(model.pretrained.blocks)
     second = name is not None and config["taps"] == list(OFFICIAL[name]["taps"])
-    if not second and config["taps"] != list(range(depth - 4, depth)):
+    if (model.metric_head or not second) and config["taps"] != list(range(depth - 4, depth)):
         problems += [f"taps={config['taps']}"]
     _refuse("official", "the official code has vits, vitb, vitl and vitg with the taps of V1 or V2", problems)
+    if model.metric_head is not None:
+        return "depth_anything_metric_depth.pt"
     if model.max_depth is not None:
         return f"depth_anything_v2_metric_{'hypersim' if model.max_depth <= 20 else 'vkitti'}_{name}.pth"
     return f"depth_anything_v2_{name}.pth" if second else f"depth_anything_{name}14.pth"
 
 
 def to_official(model: DepthModel, *, unused: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict that `depth_anything_v2/dpt.py` of the official code loads strictly.
+    """The state dict that `depth_anything_v2/dpt.py` of the official code loads strictly, or V1's for metric models.
 
     Args:
         model: a model that the official code has.
@@ -59,7 +63,10 @@ def to_official(model: DepthModel, *, unused: Mapping[str, Tensor]) -> dict[str,
         ValueError: as `official_name`.
     """
     official_name(model)
-    return _official_keys(model, unused)
+    state = _official_keys(model, unused)
+    if model.metric_head is None:
+        return state
+    return {_BINS.sub("", key) if _BINS.match(key) else f"core.core.{key}": value for key, value in state.items()}
 
 
 def _official_keys(model: DepthModel, unused: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,6 +97,8 @@ def to_hugging_face(model: DepthModel, *, unused: Mapping[str, Tensor]) -> tuple
     problems = _problems(model)
     if not gated and hidden != ratio * width:
         problems += [f"its MLP of {hidden / width:.2f} times the width"]
+    if model.metric_head is not None:
+        problems += [f"metric_head={config['metric_head']}, of Depth Anything V1"]
     if rows[0] != rows[1]:
         problems += [f"its position grid of {rows[0]} x {rows[1]}"]
     if model.max_depth is not None and model.max_depth % 1:
@@ -178,7 +187,7 @@ def _problems(model: DepthModel) -> list[str]:
         problems += [f"pos_embed={config['pos_embed']}"]
     depth = len(model.pretrained.blocks)
     known = {*hugging_face_names(depth), *(f"pretrained.blocks.{i}.attn.qkv" for i in range(depth))}
-    keys = model.state_dict().keys()
+    keys = [key for key in model.state_dict() if not key.startswith("metric_head.")]
     if strange := sorted(key for key in keys if key not in known and key.rpartition(".")[0] not in known):
         problems += [f"its part {strange[0]}" + (f" and {len(strange) - 1} more" if strange[1:] else "")]
     problems += [f"no {key}" for key in _REQUIRED if key not in keys]

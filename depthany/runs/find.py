@@ -169,8 +169,8 @@ def open_weights(path: Path, *, relative: bool = False) -> tuple[DepthModel, dic
         raise ConfigError(str(error)) from error
     if relative and model.space == "metric":
         raise ConfigError(
-            f"{path} is a metric model (metres up to {model.max_depth:g}), and labels, training and scores are of "
-            "disparity: take the relative model. predict and export take this one"
+            f"{path} is a metric model (its maps are metres), and labels, training and scores are of disparity: "
+            "take the relative model. predict and export take this one"
         )
     if "task" in run:
         metadata["stage"] = "student" if run["task"]["_target_"].endswith("StudentTask") else "teacher"

@@ -93,6 +93,7 @@ def _told(values: Any) -> Any:
 def _model(model: DepthModel) -> dict[str, Any]:
     config = model.config()
     encoder, head = (sum(p.numel() for p in part) for part in (model.encoder_parameters(), model.head_parameters()))
+    limit = "" if model.max_depth is None else f", up to {model.max_depth:g}"
     name = next((name for name, official in OFFICIAL.items() if official["encoder"] == config["encoder"]), None)
     return {
         "encoder": config["encoder"] + (f" ({name})" if name else ""),
@@ -105,7 +106,7 @@ def _model(model: DepthModel) -> dict[str, Any]:
         "patch size": model.patch_size,
         "position rule": config["pos_embed"],
         "activation": config["activation"],
-        "output": "disparity" if model.max_depth is None else f"depth in metres, up to {model.max_depth:g}",
+        "output": "disparity" if model.space == "disparity" else f"depth in metres{limit}",
     }
 
 

@@ -25,7 +25,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from depthany.config.check import ConfigError
 from depthany.data.files import DecodeError, read_image
-from depthany.geometry.resize import lower_bound_size, normalised
+from depthany.geometry.resize import lower_bound_size
 from depthany.inference.depth_map import DepthMap
 from depthany.inference.map_files import in_place
 from depthany.inference.memory import require_memory
@@ -183,15 +183,17 @@ class PredictJob:
                 return item
             shape, note = self._shape(height, width)
             item.notes += [note] if note else []
-            item.input = normalised(item.photo, shape, antialias=self.plan.antialias)
+            item.input = self.predictor.resized(item.photo, shape, antialias=self.plan.antialias)
         except (DecodeError, OSError, ValueError) as error:
             item.problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return item
 
     def _shape(self, height: int, width: int) -> tuple[tuple[int, int], str]:
         """(h, w) of the network input, and what is to be said where `max_pixels` made it smaller."""
+        shape = self.predictor.input_shape(height, width, input_size=self.plan.input_size)
+        if shape == self.predictor.model.input_shape:
+            return shape, ""
         size = self.plan.input_size or self.predictor.input_size
-        shape = self.predictor.input_shape(height, width, input_size=size)
         h, w = lower_bound_size(height, width, size=size, multiple=self.predictor.patch_size)
         if shape == (h, w):
             return shape, ""
@@ -323,7 +325,7 @@ class PredictJob:
         while batch := list(islice(frames, self.batch_size)):
             height, width = batch[0].shape[:2]
             shape, _ = self._shape(height, width)
-            inputs = [normalised(frame, shape, antialias=self.plan.antialias) for frame in batch]
+            inputs = [self.predictor.resized(frame, shape, antialias=self.plan.antialias) for frame in batch]
             self._require(len(batch), *shape)
             yield from zip(batch, self.predictor.predict_batch(inputs, [(height, width)] * len(batch)), strict=True)
 

@@ -157,7 +157,10 @@ class Stage:
             self.data.check()  # before weights are fetched
         model = build(cfg.model)  # before data are packed: what it or the loss refuses is told at once
         if model.space == "metric":
-            raise ConfigError("model.activation=sigmoid: metric models are used, not trained; take relu or softplus")
+            raise ConfigError(
+                "model.activation=sigmoid or model.metric_head: metric models are used, not trained; take relu or "
+                "softplus, and no metric_head"
+            )
         loss = WeightedSum(terms=build(cfg.loss))
         whose = "teacher"
         if self.name == "student":

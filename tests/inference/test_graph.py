@@ -94,3 +94,17 @@ def test_onnx_at_other_sizes_and_with_pictures(tiny: DepthModel, tmp_path: Path)
         expected = predictor.predict(picture, input_size=84).disparity
         assert found.shape == (1, height, width)
         np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-3 * expected.std())
+
+
+@pytest.mark.slow
+def test_the_bins_of_v1_at_other_sizes(tiny: DepthModel, tmp_path: Path) -> None:
+    """As above, but for what low temperatures multiply."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs depthany[export]")
+    model = DepthModel(**tiny.config() | {"metric_head": "zoedepth"}).eval().requires_grad_(False)
+    write_onnx(model, tmp_path / "m.onnx", pictures=None)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [output.name for output in session.get_outputs()] == ["depth"]
+    for image in images():
+        found, expected = session.run(None, {"image": image.numpy()})[0], model(image).numpy()
+        assert expected.std() > 1e-3
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * expected.std())

@@ -15,7 +15,7 @@ from tests.tiny import tiny_model
 class Brightness(nn.Module):
     """Says the brightness of each pixel, at a scale and shift of its own mood."""
 
-    patch_size, input_size, space = 8, 64, "disparity"
+    patch_size, input_size, input_shape, space = 8, 64, None, "disparity"
 
     def __init__(self, lie: Tensor | None = None) -> None:
         super().__init__()

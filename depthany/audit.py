@@ -4,6 +4,7 @@
   python -m depthany.audit dataset=index_csv root=FOLDER limit=null
   python -m depthany.audit dataset=folder_pair root=FOLDER dataset.quantity=disparity fov_deg.folder_pair=60
   python -m depthany.audit dataset=shards root=FOLDER dataset.name=hypersim
+  python -m depthany.audit dataset=irs root=FOLDER checksums=true       # every file is as it was
 
 It looks for disparity read as depth, distance read as depth, wrong units, moved and mixed-up labels, and sky read as a
 surface; each test may answer that it cannot tell. Status 0: nothing is flagged; 1: something is; 2: a wrong option.
@@ -30,6 +31,7 @@ def run(cfg: DictConfig) -> None:
         build(cfg.dataset),
         dataset=name,
         limit=cfg.limit,
+        checksums=cfg.checksums,
         fov_deg=cfg.fov_deg.get(name),
         range_m=cfg.range_m,
         page=Path(cfg.page or Path(cfg.paths.runs) / "_audit" / f"{cfg.dataset.name}.html"),

@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The command."""
-    if sys.argv[1:] == ["--list"]:
+    if "--list" in sys.argv[1:]:
         from depthany.runs.preparing import print_sets
 
         print_sets()

@@ -62,15 +62,21 @@ def inverted(pair: Pair) -> Pair:
     return pair._replace(sample={**pair.sample, "disparity": turned})
 
 
-def along_ray(pair: Pair) -> Pair:
-    """Distance where depth is wanted."""
+def along_ray(pair: Pair, *, power: float = 1) -> Pair:
+    """Distance where depth is wanted; the reverse with a power of -1."""
     if pair.focal is None:
         return pair
     height, width = pair.sample["disparity"].shape
     x = (np.arange(width) + 0.5 - width / 2) / (pair.focal * width)
     y = (np.arange(height) + 0.5 - height / 2) / (pair.focal * width)
     longer = np.sqrt(1 + np.square(x)[None] + np.square(y)[:, None])
-    return pair._replace(sample={**pair.sample, "disparity": (pair.sample["disparity"] / longer).astype(np.float32)})
+    bent = (pair.sample["disparity"] / longer**power).astype(np.float32)
+    return pair._replace(sample={**pair.sample, "disparity": bent})
+
+
+def off_ray(pair: Pair) -> Pair:
+    """Planar depth that was taken for a distance."""
+    return along_ray(pair, power=-1)
 
 
 def scaled(factor: float) -> Callable[[Pair], Pair]:
@@ -127,6 +133,7 @@ def main() -> None:
     tests: dict[str, tuple[Callable, Callable[[str], list[audit.Measured]]]] = {
         "inverted sign": (audit.sign, lambda name: again(name, inverted)),
         "ray read as planar": (audit.ray, lambda name: again(name, along_ray)),
+        "planar read as ray": (audit.ray, lambda name: again(name, off_ray)),
         **{f"unit x {f:g}": (unit_of, lambda name, f=f: again(name, scaled(f))) for f in (1000, 100, 0.01, 0.001)},
         "misaligned": (audit.alignment, lambda name: again(name, moved)),
         "wrong pair": (audit.pair, next_labels),
@@ -146,7 +153,7 @@ def main() -> None:
             before = judge(numbers[name])
             if test == "sky as a surface" and not any(m.sky > 0.02 for m in numbers[name]):
                 after = audit.Verdict(test, "cannot tell", np.nan, "no sky to inject the mistake into")
-            elif test == "ray read as planar" and sets[name][0].focal is None:
+            elif judge is audit.ray and sets[name][0].focal is None:
                 after = before  # the mistake cannot be made without a camera either
             else:
                 after = judge(inject(name))

@@ -19,8 +19,10 @@ from depthany.data.scenes import render
 from depthany.data.sources.folder_pair import FolderPair
 from depthany.data.sources.packed import Packed
 from depthany.data.sources.scenes import Scenes
+from depthany.data.truth_packing import TruthPacking
 from depthany.runs.auditing import Audit, audit
 from depthany.types import DepthSample
+from tests.data.sources.writers.irs import write_irs
 
 
 def test_every_dataset_composes_and_has_a_field_of_view() -> None:
@@ -56,7 +58,9 @@ def write_pairs(root: Path, *, inverted: bool = False) -> None:
         np.save(root / f"depth/{i}.npy", np.where(inverted & (depth > 0), 4 / np.maximum(depth, 1e-3), depth))
 
 
-def audited(root: Path, page: Path, *, limit: int | None = None, fov_deg: float | None = None) -> Audit:
+def audited(
+    root: Path, page: Path, *, limit: int | None = None, checksums: bool = False, fov_deg: float | None = None
+) -> Audit:
     source = FolderPair(
         name="mine",
         root=str(root),
@@ -75,7 +79,14 @@ def audited(root: Path, page: Path, *, limit: int | None = None, fov_deg: float 
         index_root=None,
     )
     return audit(
-        source, dataset="folder_pair", limit=limit, fov_deg=fov_deg, range_m=None, page=page, command="the command"
+        source,
+        dataset="folder_pair",
+        limit=limit,
+        checksums=False,
+        fov_deg=fov_deg,
+        range_m=None,
+        page=page,
+        command="the command",
     )
 
 
@@ -99,10 +110,27 @@ def test_a_file_that_cannot_be_read_is_flagged_and_named(tmp_path: Path) -> None
     assert all(v.state != "flagged" for v in found.groups["folder_pair"])
 
 
+def test_a_file_that_rotted_after_packing_is_named_though_its_size_and_time_are_the_same(tmp_path: Path) -> None:
+    write_irs(tmp_path / "irs")
+    source = build(compose("audit", ["dataset=irs", f"root={tmp_path / 'irs'}"]).dataset)
+    TruthPacking(source=source, out=tmp_path / "out", samples_per_shard=9, pictures="keep", workers=1).run()
+    options = {"limit": 1, "checksums": True, "fov_deg": None, "range_m": None, "page": tmp_path / "p", "command": ""}
+    assert not audit(source, dataset="irs", **options).faults
+    file = source.root / source.row(1).label
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    ((key, why),) = audit(source, dataset="irs", **options).faults
+    assert key.endswith(source.row(1).label) and f"{file}: its content is not what it was: fetch the file again" in why
+    with pytest.raises(ConfigError, match="checksums=true is for sets in their original files"):
+        audit(Scenes(name="x", style="a", num_scenes=2, scene_seed=0, size=64, labelled=True), dataset="x", **options)
+
+
 def test_the_card_gives_the_range_and_limit_the_number(tmp_path: Path) -> None:
     source = Scenes(name="embedded", style="a", num_scenes=9, scene_seed=0, size=64, labelled=True)
     page = tmp_path / "deep/er/page.html"
-    audit(source, dataset="embedded", limit=3, fov_deg=60, range_m=None, page=page, command="")
+    audit(source, dataset="embedded", limit=3, checksums=False, fov_deg=60, range_m=None, page=page, command="")
     html = page.read_text(encoding="utf-8")
     assert "0.5 to 50 m" in html and "<th>samples</th><td>3</td>" in html
 
@@ -117,19 +145,80 @@ class Eighty(Scenes):
         return {**sample, "disparity": sample["disparity"] * 80}
 
 
+class Half(Scenes):
+    """Two datasets, of which the second is upside down."""
+
+    def group(self, index: int) -> str:
+        return ("right", "wrong")[index % 2]
+
+    def read(self, index: int) -> DepthSample:
+        sample: Any = super().read(index)
+        f = sample["disparity"]
+        turned = np.where(f > 0, 1 / np.where(f > 0, f, 1), 0).astype(np.float32)
+        return {**sample, "disparity": turned if index % 2 else f}
+
+
+def test_the_page_begins_with_what_is_flagged_and_pictures_of_it(tmp_path: Path) -> None:
+    source = Half(name="x", style="a", num_scenes=12, scene_seed=3, size=96, labelled=True)
+    options = {"limit": None, "checksums": False, "fov_deg": None, "range_m": None, "command": ""}
+    found = audit(source, dataset="x", page=tmp_path / "page.html", **options)
+    flagged = {name for name, of in found.groups.items() for verdict in of if verdict.state == "flagged"}
+    assert flagged == {"wrong"}
+    html = found.page.read_text(encoding="utf-8")
+    assert html.index("wrong: inverted sign") < html.index("Near and far are exchanged") < html.index("<img")
+    assert html.rindex("<img") < html.index("<table")
+    worst = html[html.index("Samples with most against them") : html.index("Random samples")]
+    assert [f"<h3>{source.key(i)}</h3>" in worst for i in range(12)] == [False, True] * 6
+
+
 def test_the_unit_counts_the_factor_of_the_disparity(tmp_path: Path) -> None:
     said = []
     for kind in (Scenes, Eighty):
         source = kind(name="x", style="a", num_scenes=4, scene_seed=0, size=64, labelled=True)
-        found = audit(source, dataset="x", limit=None, fov_deg=None, range_m=None, page=tmp_path / "p", command="")
+        found = audit(
+            source,
+            dataset="x",
+            limit=None,
+            checksums=False,
+            fov_deg=None,
+            range_m=None,
+            page=tmp_path / "p",
+            command="",
+        )
         said.append(next(v.words for v in found.groups["x"] if v.test == "wrong unit"))
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"range_m": [5.0]}, r"range_m=\[5.0\]: give \[nearest, farthest\]"),
+        ({"range_m": [5.0, 1.0]}, r"give \[nearest, farthest\]"),
+        ({"fov_deg": 200.0}, "fov_deg.x=200 must lie between 0 and 180"),
+        ({"page": Path()}, "page=. is a folder: name a file in it, such as page=audit.html"),
+        ({"limit": 0}, "limit=0; give 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    source = Scenes(name="x", style="a", num_scenes=2, scene_seed=0, size=64, labelled=True)
+    usual = {"limit": None, "checksums": False, "fov_deg": None, "range_m": None, "page": tmp_path / "p", "command": ""}
+    with pytest.raises(ConfigError, match=words):
+        audit(source, dataset="x", **usual | options)
 
 
 def test_a_source_without_labels_is_refused(tmp_path: Path) -> None:
     source = Scenes(name="photos", style="a", num_scenes=2, scene_seed=0, size=64, labelled=False)
     with pytest.raises(ConfigError, match="no label"):
-        audit(source, dataset="x", limit=None, fov_deg=None, range_m=None, page=tmp_path / "page.html", command="")
+        audit(
+            source,
+            dataset="x",
+            limit=None,
+            checksums=False,
+            fov_deg=None,
+            range_m=None,
+            page=tmp_path / "page.html",
+            command="",
+        )
 
 
 def test_shards_are_audited_like_their_source(tmp_path: Path) -> None:
@@ -137,7 +226,7 @@ def test_shards_are_audited_like_their_source(tmp_path: Path) -> None:
     packed = Packed(root=str(tmp_path), source=source, samples_per_shard=4, short_side=None)
     packed.prepare()
     shards = build(compose("audit", ["dataset=shards", f"root={packed.folder}"]).dataset)
-    options = {"limit": None, "fov_deg": 60, "range_m": None, "command": ""}
+    options = {"limit": None, "checksums": False, "fov_deg": 60, "range_m": None, "command": ""}
     raw = audit(source, dataset="embedded", page=tmp_path / "raw.html", **options)
     again = audit(shards, dataset="embedded", page=tmp_path / "again.html", **options)
     assert raw.groups == again.groups and not raw.faults and not again.faults
@@ -153,7 +242,16 @@ def test_shards_are_audited_like_their_source(tmp_path: Path) -> None:
 def test_a_missing_root_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"root=.*none") as error:
         source = build(compose("audit", ["dataset=vkitti2", f"root={tmp_path / 'none'}"]).dataset)
-        audit(source, dataset="vkitti2", limit=1, fov_deg=None, range_m=None, page=tmp_path / "page.html", command="")
+        audit(
+            source,
+            dataset="vkitti2",
+            limit=1,
+            checksums=False,
+            fov_deg=None,
+            range_m=None,
+            page=tmp_path / "page.html",
+            command="",
+        )
     assert len(str(error.value).splitlines()) == 1
 
 

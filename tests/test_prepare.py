@@ -104,6 +104,13 @@ def test_what_cannot_be_done_is_one_line(options: list[str], message: str, zygot
     assert message in said and said.count("\n") == 1 and said.startswith("depthany: "), said
 
 
+def test_a_set_of_which_nothing_can_be_used_is_no_success(zygote: Zygote, tmp_path: Path) -> None:
+    put(tmp_path / "raw", {f"{i}.jpg": b"x" for i in range(3)})
+    said = zygote.run(say("unlabelled=folder", "root=raw", "unlabelled.name=mine", "workers=1"), cwd=tmp_path, code=2)
+    assert "undecodable 3" in said
+    assert said.endswith("depthany: nothing of mine can be used: runs/_shards/mine/dropped.csv says why of each file\n")
+
+
 def test_the_list_of_sets(zygote: Zygote, tmp_path: Path) -> None:
     said = zygote.run(say("--list"), cwd=tmp_path)
     for name, card, config in sets():

@@ -21,6 +21,7 @@ PLAIN = {
     "labels_root": "str | None",
     "devices": "int | Literal['auto']",
     "redo": "bool",
+    "checksums": "bool",
     "checkpoint": "str | list[str]",
     "input_size": "int | None",
     "sizes": "Sequence[int] | None",

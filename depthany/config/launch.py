@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -206,8 +207,10 @@ TOP_DOCS = {
     "max_side": "images with a longer side are shrunk to it and stored as JPEG, in pixels; null: no byte is changed",
     "pictures": "of labelled sets; keep: JPEG, PNG, WebP keep their bytes; fast: what is not JPEG becomes bare pixels",
     "quality": "of the JPEGs that shrunk images and frames of videos become, 1 to 100",
+    "checksums": "first read every file of the set and compare its sha256 with the one noted beside the data",
     "page": "where the page goes; null: _audit/<name>.html under paths.runs",
     "range_m": "[nearest, farthest] depth that the set can have, in metres; null: the card's",
+    "fov_deg": "horizontal field of view in degrees, for the test of distance against depth; null: unknown",
     "workers": "processes; null: one for each core",
     "segmenter": "semantic segmentation model of transformers with a class sky: an id of the hub, or a folder",
     "batch_size": "images of one size that the network sees at once",
@@ -224,7 +227,7 @@ def _options(node: Any, path: str, doc: str = "") -> Iterator[tuple[str, Any, st
         docs = arguments_of(str(node["_target_"]))
     for key, value in node.items():
         if key != "_target_":
-            inner = (docs[key].doc if key in docs else "") if "_target_" in node else doc
+            inner = (docs[key].doc if key in docs else "") if "_target_" in node else doc or TOP_DOCS.get(path, "")
             yield from _options(value, f"{path}.{key}" if path else str(key), inner)
 
 
@@ -238,6 +241,7 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
     overrides = [a for a in arguments if not a.startswith("-")]
     try:
         if "--help" in flags or "-h" in flags:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
             print(help_text(verb, about, overrides))
             return
         if not set(flags) - {"-m", "--multirun"}:
@@ -258,6 +262,9 @@ def launch(verb: str, about: str, run: Callable[[DictConfig], None]) -> None:
             run(cfg)
         except ConfigError as error:
             _complain(error)
+        except KeyboardInterrupt:
+            print("depthany: stopped", file=sys.stderr)
+            sys.exit(130)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

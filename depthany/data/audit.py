@@ -20,6 +20,7 @@ State = Literal["clean", "flagged", "cannot tell"]
 PLANE_SIDE = 120  # short side in pixels at which windows are compared with planes
 WINDOWS = (12, 20, 32)  # their sides there
 RAY_WINDOWS = (32, 60)  # the ray bends a plane only slowly
+STRONG = 3.0  # power of the bend over that of the rest, from which on it is none of a sensor: NYU reaches 2.1
 EDGE_SIDE = 240  # short side in pixels at which edges are compared
 REACH = 24  # shifts that are tried there, in pixels each way
 FAR_SHIFT = 6.0  # deviations by which a shift must stand out; chance gives 5.4 (scripts/audit_rates.py)
@@ -58,6 +59,7 @@ class Measured:
     depth: np.ndarray  # (101,) percentiles of factor / disparity where measured; empty where nothing is
     planes: np.ndarray  # (n,) log of (misfit of a plane to 1 / f over that to f); sloped, smooth windows
     row: float  # rank correlation of disparity and row; NaN: too few pixels
+    focal: float | None  # in widths of the image; None: unknown
     rays: np.ndarray  # (2, n) share of the ray's bend that the label has (0 planar, 1 ray), and the weight of it
     shifts: np.ndarray  # (2 REACH + 1,) * 2 fit of the label's edges moved by (row, column); empty: no edges
     image_edges: np.ndarray  # (3, *PAIR_SHAPE) float32, sum of squares 1; empty: no edges
@@ -99,6 +101,7 @@ def measure(sample: DepthSample, *, focal: float | None, factor: float) -> Measu
         depth=np.percentile(factor / values.astype(np.float64), range(101)) if len(values) else np.empty(0),
         planes=_planes(small, ok),
         row=_row(f, usable),
+        focal=focal,
         rays=_rays(small, ok, focal) if focal else np.empty((2, 0)),
         shifts=shifts,
         image_edges=image_edges,
@@ -128,9 +131,8 @@ def sign(samples: Sequence[Measured]) -> Verdict:
     votes = np.concatenate([s.planes for s in samples]) if samples else np.empty(0)
     mean = float(votes.mean()) if len(votes) else np.nan
     if len(votes) >= 8 and abs(mean) * np.sqrt(len(votes)) > 1.2:
-        words = (
-            f"on {len(votes)} smooth slopes, planes fit the disparity {np.exp(mean):.2f} times as well as its inverse"
-        )
+        better, other = ("its inverse", "the disparity") if mean < 0 else ("the disparity", "its inverse")
+        words = f"on {len(votes)} smooth slopes, planes fit {better} {np.exp(abs(mean)):.1f} times as well as {other}"
         return Verdict("inverted sign", "flagged" if mean < 0 else "clean", mean, words)
     rows = [s.row for s in samples if np.isfinite(s.row)]
     row = float(np.mean(rows)) if rows else np.nan
@@ -141,11 +143,15 @@ def sign(samples: Sequence[Measured]) -> Verdict:
 
 
 def ray(samples: Sequence[Measured]) -> Verdict:
-    """Distance along the ray read as planar depth: planes are bent as much as the rays get longer."""
+    """Distance along the ray read as planar depth: planes are bent as much as the rays get longer; or the reverse.
+
+    Planar depth read as distance was divided by the ray once too often, and its planes are bent the other way.
+    """
     test = "ray read as planar"
     slopes, weights = np.concatenate([s.rays for s in samples], axis=1) if samples else np.empty((2, 0))
     if not len(slopes):
-        why = "no focal length is given (fov_deg), or no large smooth surface is seen"
+        known = any(s.focal for s in samples)
+        why = "no large smooth surface is seen" if known else "no focal length is known: give fov_deg.NAME=DEGREES"
         return Verdict(test, "cannot tell", np.nan, why)
     value = _weighted_median(slopes, weights)
     error = 3 * _weighted_median(np.abs(slopes - value), weights) * 2 / np.sqrt(len(slopes))  # windows overlap
@@ -153,7 +159,10 @@ def ray(samples: Sequence[Measured]) -> Verdict:
     if error > 0.35 or len(slopes) < 6:
         return Verdict(test, "cannot tell", value, f"{words}: the view is too narrow or the label too rough")
     if value < -0.5:
-        return Verdict(test, "cannot tell", value, f"{words}: they are bent the other way")
+        strong = weights > STRONG
+        if strong.sum() < 6 or _weighted_median(slopes[strong], weights[strong]) > -0.5:
+            return Verdict(test, "cannot tell", value, f"{words}: the label is about as rough as that")
+        return Verdict("planar read as ray", "flagged", value, f"{words}: they are bent the other way")
     return Verdict(test, "flagged" if value > 0.5 else "clean", value, words)
 
 

@@ -1,7 +1,9 @@
 """Which image goes into which shard: fixed before any image is read, and only ever added to."""
 
+import hashlib
 import json
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -74,11 +76,10 @@ class Plan:
         elif there != terms:
             asked, made = ({**each, **each.get("options", {})} for each in (self.terms, there))
             other = [name for name in asked if name != "options" and made.get(name) != asked[name]]
-            unlike = ", ".join(f"{name}={made.get(name)!s:.80}" for name in other[: 1 if "name" in other else None])
-            raise PackError(
-                f"out={self.path.parent} was prepared with {unlike or 'another version'}: say the same again, "
-                "or name another folder as out"
-            )
+            named = other[: 1 if "name" in other else None]
+            unlike = ", ".join(_shown(name, made.get(name)) for name in named) or "another version"
+            back = "bring that content back" if "content of" in unlike else "say the same again"
+            raise PackError(f"out={self.path.parent} was prepared with {unlike}: {back}, or name another folder as out")
 
     def _note(self, row: Mapping[str, Any]) -> None:
         if "container" in row:
@@ -153,6 +154,15 @@ class Plan:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _shown(name: str, value: Any) -> str:
+    """An option as it was; of a file, such as a list of frames, only the sha256 is known."""
+    if value == hashlib.sha256().hexdigest():  # of no file
+        value = None
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"another content of {name}=FILE (its sha256 began with {value[:8]})"
+    return f"{name}={'null' if value is None else value!s:.80}"
 
 
 def items_at(path: Path, offset: int) -> list[Item]:

@@ -8,12 +8,12 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 
@@ -23,7 +23,7 @@ from depthany.data.labels import encode_truth
 from depthany.data.packing import MAGIC
 from depthany.data.plan import Item, items_at
 from depthany.data.preparation import PLAN, Dropped, Job, Preparation, Survey
-from depthany.data.shards import write_shard
+from depthany.data.shards import Shard, write_shard
 from depthany.data.sources.folder_pair import FolderPair
 from depthany.data.sources.index_csv import IndexCsv
 from depthany.data.sources.raw import Raw, Row
@@ -77,7 +77,9 @@ class TruthPacking(Preparation):
         if plan.shards:
             for key in self._changed():
                 plan.add(key, again=True)
-        for key in plan.new(keys):
+        new = plan.new(keys)
+        self._refuse_doubles(new)
+        for key in new:
             plan.add(key)
         plan.close_shard()
         plan.close()
@@ -108,27 +110,54 @@ class TruthPacking(Preparation):
 
     def _changed(self) -> list[str]:
         """Keys of samples whose files or row are others than when they were dropped or packed."""
-        last: dict[str, tuple[int, str | None, int]] = {}  # number of the shard, hash, stamp
+        last: dict[str, tuple[int, _Packed | int]] = {}  # number of the shard, what is packed there or its stamp
         for tar, survey in self.surveys().items():
-            number = int(tar.stem.rpartition("-")[2])
-            last |= {row["key"]: (number, row["hash"], 0) for row in self.shard(tar).rows}
-            last |= {row.key: (number, None, row.stamp) for row in survey.dropped}
+            number, written = int(tar.stem.rpartition("-")[2]), _stat(tar)
+            rows = _shard(tar, *written).rows
+            last |= {row["key"]: (number, _Packed(tar, written, i, row["hash"])) for i, row in enumerate(rows)}
+            last |= {row.key: (number, row.stamp) for row in survey.dropped}
         known = [
-            (key, self._places[key], packed, stamp)
-            for key, (number, packed, stamp) in last.items()
+            (key, self._places[key], packed)
+            for key, (number, packed) in last.items()
             if key in self._places and self.again.get(json.dumps(key), -1) <= number
         ]
 
-        def has_changed(index: int, packed: str | None, stamp: int) -> bool:
+        def has_changed(index: int, packed: _Packed | int) -> bool:
             row = self.source.row(index)
             stats = self._stats(row)
-            if packed is not None:
-                return meaning(row, stats) != packed
-            return self._are_readable(row) if stamp == UNREADABLE else self._stamp(row, stats) != stamp
+            if isinstance(packed, _Packed):
+                return meaning(row, stats) != packed.meaning or self._is_rewritten(stats, packed)
+            return self._are_readable(row) if packed == UNREADABLE else self._stamp(row, stats) != packed
 
         with ThreadPoolExecutor(16) as pool:  # a look at a file on a network disk takes its time
             changed = pool.map(lambda sample: has_changed(*sample[1:]), known)
             return [sample[0] for sample in compress(known, changed)]
+
+    def _refuse_doubles(self, new: Sequence[str]) -> None:
+        """A root one folder higher or lower gives the same samples other keys, and they would be packed twice.
+
+        Raises:
+            PackError: that is so.
+        """
+        packed = [row["key"] for tar in self.tars() if new for row in _shard(tar, *_stat(tar)).rows]
+        gone = {tuple(parts): key for key in packed if key not in self._places for parts in [_parts(key)]}
+        deeper = {parts[cut:]: key for parts, key in gone.items() for cut in range(1, len(parts) - 1)}
+        for key in new if gone else ():
+            parts = tuple(_parts(key))
+            tails = (gone.get(parts[cut:]) for cut in range(1, len(parts) - 1))
+            if old := deeper.get(parts) or next(filter(None, tails), None):
+                raise PackError(
+                    f"out={self.out} holds {old}, which seems to be {key} of root={self.source.root}: name the root "
+                    "that it was packed from, or another folder as out"
+                )
+
+    def _is_rewritten(self, stats: Stats, packed: "_Packed") -> bool:
+        """Whether a file was written after the shard, and holds something else; where it is noted, the note says so."""
+        if max(time_ns for _, time_ns in stats) <= packed.written[1]:
+            return False
+        root, noted = self.source.root, self._checksums
+        was = packed.digests()
+        return any((noted.get(path) or _sha256(root / path, *_stat(root / path))) != was[path] for path in was)
 
     def unused(self, surveys: Mapping[Path, Survey]) -> Iterator[tuple[Path, Dropped]]:
         """Samples that were packed again in a later shard."""
@@ -138,6 +167,29 @@ class TruthPacking(Preparation):
                 if latest.setdefault(key, tar) != tar:
                     reason = f"replaced: its files have changed, {latest[key].name} has it now"
                     yield tar, Dropped(key, reason, tar.name, place=place)
+
+    def _conclude(self, surveys: Mapping[Path, Survey]) -> list[Dropped]:
+        """Also notes the checksums of a published set, which never changes; one's own is there to be improved."""
+        dropped = super()._conclude(surveys)
+        if isinstance(self.source, Raw) and not isinstance(self.source, FolderPair):
+            try:
+                self._note(self.source, surveys)
+            except ValueError as error:  # somebody else's list, on a disk that cannot be written
+                print(f"no checksums are noted: {error}")
+        return dropped
+
+    def _note(self, source: Raw, tars: Iterable[Path]) -> None:
+        known = source.checksums()
+        for tar in reversed(list(tars)):  # what was packed last counts
+            written = _stat(tar)
+            for place, packed in enumerate(_shard(tar, *written).rows):
+                if packed["key"] in self._places:
+                    row = source.row(self._places[packed["key"]])
+                    files = [path for path in row.files if path != row.extra.get("sky")]  # masks may be made again
+                    if not known.keys() >= set(files):
+                        digests = _Packed(tar, written, place, packed["hash"]).digests()
+                        known |= {path: digests[path] for path in files if path in digests and path not in known}
+        source.note(known)
 
     # A shard
 
@@ -200,9 +252,8 @@ class TruthPacking(Preparation):
         file = self.source.root / path
         status = file.stat()
         digest = _sha256(file, status.st_size, status.st_mtime_ns)
-        if self._checksums.get(path, digest) != digest:
-            reason = f"its content is not what {self._checksums_file} says: fetch it again, or delete that list"
-            raise _Changed(f"changed: {file}: {reason}")
+        if isinstance(self.source, Raw) and self._checksums.get(path, digest) != digest:
+            raise _Changed(f"changed: {self.source.altered(path)}")
         return status.st_size, digest
 
     # What is known of the files
@@ -215,16 +266,10 @@ class TruthPacking(Preparation):
         except ValueError as error:  # in a worker: a rival has made a longer list meanwhile
             raise PackError(str(error)) from error
 
-    @property
-    def _checksums_file(self) -> Path | None:
-        return self.source.index_path.with_suffix(".sha256") if isinstance(self.source, Raw) else None
-
     @cached_property
     def _checksums(self) -> dict[str, str]:
-        """What `Raw.verify` has noted, by path."""
-        file = self._checksums_file
-        lines = file.read_text(errors="surrogateescape").splitlines() if file and file.exists() else []
-        return {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
+        """What is noted beside the data, by path."""
+        return self.source.checksums() if isinstance(self.source, Raw) else {}
 
     def _stats(self, row: Row) -> Stats:
         return [_stat(self.source.root / path) for path in row.files]
@@ -247,6 +292,20 @@ class TruthPacking(Preparation):
         return {name: value for name, value in super().__getstate__().items() if name not in ("_places", "_checksums")}
 
 
+class _Packed(NamedTuple):
+    """A sample that is packed."""
+
+    tar: Path
+    written: tuple[int, int]  # its size and time
+    place: int  # in it
+    meaning: str
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of the files that it was made of, by path."""
+        note: dict[str, Any] = json.loads(_shard(self.tar, *self.written).read(self.place, "json"))
+        return {path: digest for path, (_, digest) in note["files"].items()}
+
+
 class _Changed(DecodeError):
     """A file with another checksum than it had."""
 
@@ -255,6 +314,11 @@ def _reason(error: ValueError | OSError) -> str:
     if isinstance(error, OSError):
         return f"unreadable: {error.filename or 'its files'}: {error.strerror}; the next run tries it again"
     return str(error) if isinstance(error, _Changed) else f"undecodable: {error}"
+
+
+def _parts(key: str) -> list[str]:
+    """The folders and the file of a key, without the source and the hash that odd letters of the path brought."""
+    return re.sub("_[0-9a-f]{12}$", "", key).split("/")[1:]
 
 
 def meaning(row: Row, stats: Stats) -> str:
@@ -268,6 +332,12 @@ def _stat(file: Path) -> tuple[int, int]:
     except OSError:
         return -1, 0
     return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=4)
+def _shard(tar: Path, size: int, mtime_ns: int) -> Shard:
+    """As it is at that size and time; samples are asked for in order."""
+    return Shard(tar)
 
 
 @lru_cache(maxsize=64)

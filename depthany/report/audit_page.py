@@ -1,5 +1,6 @@
-"""The page of an audit: what the tests say about a set of labels, with evidence and pictures."""
+"""The page of an audit: what the tests say about a set of labels, pictures, and the evidence."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,17 @@ BINS = 48
 SPARSE = 0.1  # share of measured pixels below which they are hard to see
 RED = (255, 32, 32)
 MAX_LINES = 200  # of a list
+WORST, RANDOM = "Samples with most against them", "Random samples"
+LEGEND = "Red is near, blue far, dark grey no measurement; on the image, the edges of the label are red."
+WAYS_OUT = {  # what a flag means for whoever has to mend it
+    "inverted sign": "Near and far are exchanged: the files hold depth where disparity was said, or the reverse.",
+    "ray read as planar": "The files hold the distance along the ray where depth along the axis was said.",
+    "planar read as ray": "The files hold depth along the axis where the distance along the ray was said.",
+    "wrong unit": "Correct the metres per stored unit, or range_m if the scenes are like that.",
+    "misaligned": "Image and label are not of one camera or crop, or were resized differently.",
+    "wrong pair": "Images and labels are matched in a wrong order.",
+    "sky as a surface": "Say the stored value of the sky, or give masks of it (python -m depthany.sky).",
+}
 
 
 class Group(NamedTuple):
@@ -32,6 +44,7 @@ class Picture(NamedTuple):
     """One sample to look at."""
 
     title: str
+    why: str
     image: np.ndarray  # (H, W, 3) uint8
     disparity: np.ndarray  # (h, w)
     valid: np.ndarray  # (h, w) bool
@@ -55,7 +68,7 @@ def write_audit_page(
         path: of the page; its folder is made.
         title: of the page.
         groups: one for each dataset.
-        worst: samples that look worst, with the reason in their title.
+        worst: samples that look worst.
         random: samples drawn by chance.
         faults: (key, what is wrong) of samples with values that no label may have, and of unreadable ones.
         skipped: (file, reason) of what the source left out.
@@ -64,11 +77,32 @@ def write_audit_page(
     page = Page(title)
     flagged = [(group.name, *verdict) for group in groups for verdict in group.verdicts if verdict[1] == "flagged"]
     count = len(flagged) + bool(faults)
-    page.paragraph(f"{count} flagged." if count else "Nothing is flagged.", style="lead")
+    page.paragraph(
+        f"{count} flagged: look at the pictures before training." if count else "Nothing is flagged.", style="lead"
+    )
     for name, test, _, words in flagged:
-        page.paragraph(f"{name}: {test}: {words}.")
+        page.paragraph(f"{name}: {test}: {words}. {WAYS_OUT.get(test, '')}")
     if faults:
-        page.paragraph(f"{len(faults)} samples hold values that no label may have, or cannot be read.")
+        key, why = faults[0]
+        page.paragraph(f"{len(faults)} samples or files are wrong by themselves, first {key}: {why}.")
+    page.paragraph(_in_short(groups), style="note")
+    for heading, pictures in ((WORST if count else "Samples with the fewest measured pixels", worst), (RANDOM, random)):
+        if pictures:
+            page.section(heading)
+            page.paragraph(LEGEND, style="note")
+        for picture in pictures:
+            page.subsection(picture.title)
+            page.paragraph(picture.why, style="note")
+            page.figures(
+                [("image", _shrunk(picture)), ("edges of the label", overlay(picture)), ("label", _coloured(picture))],
+                wide=True,
+            )
+    if len(groups) > 1:
+        page.section("Every dataset and test")
+        tests = list(dict.fromkeys(test for group in groups for test, *_ in group.verdicts))
+        states = [{"name": group.name} | {test: state for test, state, _ in group.verdicts} for group in groups]
+        bold = [(i, test) for i, row in enumerate(states) for test in tests if row.get(test) == "flagged"]
+        page.table({"name": "Dataset"} | {test: test for test in tests}, states, bold=bold)
     for group in groups:
         page.section(group.name)
         columns = {"test": "Test", "state": "Says", "words": "Evidence"}
@@ -76,13 +110,6 @@ def write_audit_page(
         page.table(columns, rows, bold=[(i, "state") for i, row in enumerate(rows) if row["state"] == "flagged"])
         page.key_values(group.facts)
         page.charts(_histograms(group))
-    for heading, pictures in (("Worst samples", worst), ("Random samples", random)):
-        if pictures:
-            page.section(heading)
-            page.paragraph("The label's edges are red on the image. Red is near, blue far, dark grey no measurement.")
-        for picture in pictures:
-            page.subsection(picture.title)
-            page.figures([("image and edges", overlay(picture)), ("disparity", _coloured(picture))])
     for heading, lines in (("Samples that are wrong by themselves", faults), ("Left out by the source", skipped)):
         if lines:
             page.section(f"{heading} ({len(lines)})")
@@ -94,12 +121,25 @@ def write_audit_page(
     return page.write(path)
 
 
-def overlay(picture: Picture) -> np.ndarray:
-    """The image, (., ., 3) uint8, with the depth edges of its label in red."""
+def _in_short(groups: Sequence[Group]) -> str:
+    """How many tests say what."""
+    states = Counter(state for group in groups for _, state, _ in group.verdicts)
+    said = ", ".join(f"{states[state]} {state}" for state in ("flagged", "clean", "cannot tell") if states[state])
+    samples = sum(int(group.facts.get("samples", 0)) for group in groups)
+    return f"{samples:,} samples were looked at. Tests: {said or 'none'}; the evidence of each is below the pictures."
+
+
+def _shrunk(picture: Picture) -> np.ndarray:
     height, width = picture.image.shape[:2]
     share = min(1.0, PICTURE_SIDE / min(height, width))
     size = max(round(width * share), 1), max(round(height * share), 1)
-    shown = cv2.resize(picture.image, size, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture.image, size, interpolation=cv2.INTER_AREA)
+
+
+def overlay(picture: Picture) -> np.ndarray:
+    """The image, (., ., 3) uint8, with the depth edges of its label in red."""
+    shown = _shrunk(picture)
+    size = shown.shape[1], shown.shape[0]
     measured = picture.valid & ~picture.sky & (picture.disparity > 0) & np.isfinite(picture.disparity)
     inside = cv2.resize(measured.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
     full = np.log(np.where(measured, picture.disparity, 1)).astype(np.float32)

@@ -33,7 +33,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 4rem; background:
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 1px solid var(--rule); }
-h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; max-width: 46rem; }
 p.lead { font-size: 1.15rem; }
 p.note, figcaption, footer { color: var(--soft); font-size: .875rem; }
@@ -49,6 +49,7 @@ tr.quiet td { color: var(--soft); background: var(--tint); }
 tr:not(.quiet) + tr.quiet td { border-top: 2px solid var(--soft); }
 .strip { display: grid; gap: .5rem .75rem; margin: 0 0 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(12.5rem, 45%), 1fr)); }
+.wide { grid-template-columns: repeat(auto-fit, minmax(min(15rem, 45%), 1fr)); }
 .charts { display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; min-width: 0; }
@@ -145,10 +146,10 @@ class Page:
         lines = [f"<tr><th>{escape(k)}</th><td>{format_value(v)}</td>" for k, v in facts.items()]
         self.parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
 
-    def figures(self, images: Sequence[tuple[str, np.ndarray]], *, max_side_px: int = 640) -> None:
-        """Adds captioned pictures side by side, all of one width; see `figure`."""
+    def figures(self, images: Sequence[tuple[str, np.ndarray]], *, max_side_px: int = 640, wide: bool = False) -> None:
+        """Adds captioned pictures side by side, all of one width; `wide` ones fill the page. See `figure`."""
         inside = "".join(figure(image, text, max_side_px=max_side_px) for text, image in images)
-        self.parts.append(f'<div class="strip">{inside}</div>')
+        self.parts.append(f'<div class="strip{" wide" * wide}">{inside}</div>')
 
     def charts(self, charts: Sequence[str]) -> None:
         """Adds charts (from `line_chart`) in a grid."""

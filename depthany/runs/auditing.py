@@ -1,7 +1,7 @@
 """The audit of one labelled source: read, measure, judge, and show."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import radians, tan
 from pathlib import Path
@@ -14,11 +14,13 @@ from rich.progress import track
 from rich.table import Table
 
 from depthany.config.check import ConfigError
-from depthany.data.audit import Measured, Verdict, measure, verdicts
+from depthany.data.audit import Measured, Verdict, measure, own_scores, verdicts
 from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
 from depthany.data.shards import ShardError
+from depthany.data.sources.index_csv import IndexCsv
 from depthany.data.sources.packed import Packable, Shards
+from depthany.data.sources.raw import Raw
 from depthany.report.audit_page import Group, Picture, write_audit_page
 from depthany.runs.cards import read_cards
 from depthany.types import DepthKind
@@ -45,6 +47,7 @@ def audit(
     *,
     dataset: str,
     limit: int | None,
+    checksums: bool,
     fov_deg: float | None,
     range_m: Sequence[float] | None,
     page: Path,
@@ -56,6 +59,7 @@ def audit(
         source: with labels; one that has `group` is judged group by group.
         dataset: name of the card; where there is none, that of the source counts.
         limit: samples that are read, spread over the source; None: all.
+        checksums: read every file of the source first and compare it with the sha256 noted beside the data.
         fov_deg: horizontal field of view of every image in degrees; None: unknown.
         range_m: nearest and farthest depth in metres; None: the card's.
         page: where the page goes.
@@ -66,6 +70,12 @@ def audit(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}; give 1 or more, or null for all")
+    if range_m is not None and not (len(range_m) == 2 and 0 <= range_m[0] < range_m[1]):
+        raise ConfigError(f"range_m={list(range_m)}: give [nearest, farthest] in metres, or null for the card's")
+    if fov_deg is not None and not 0 < fov_deg < 180:
+        raise ConfigError(f"fov_deg.{dataset}={fov_deg:g} must lie between 0 and 180 degrees; null: unknown")
+    if page.is_dir():
+        raise ConfigError(f"page={page} is a folder: name a file in it, such as page={page / 'audit.html'}")
     try:
         source.prepare()
         if isinstance(source, Shards):
@@ -80,6 +90,7 @@ def audit(
         raise ConfigError(f"page={page} cannot be written ({error.strerror}): name another file") from error
     if not len(source):
         raise ConfigError(f"{source.name} has no samples: correct root")
+    faults = _verified(source) if checksums else []
     cards = read_cards()
     card = cards.get(dataset) or cards.get(source.name) or {}
     range_m = range_m or card.get("range_m")
@@ -88,7 +99,6 @@ def audit(
     count = min(limit or len(source), len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
     measured: dict[str, list[tuple[int, Measured]]] = defaultdict(list)
-    faults: list[tuple[str, str]] = []
     for index in track(indices, f"auditing {source.name}"):
         try:
             sample = source.read(index)
@@ -97,7 +107,7 @@ def audit(
             continue
         if not has_label(sample):
             raise ConfigError(f"{source.key(index)} has no label: there is nothing to audit")
-        own = getattr(source, "focal_px", None)  # of a folder pair
+        own = source.focal_of(index) if isinstance(source, IndexCsv) else getattr(source, "focal_px", None)
         numbers = measure(sample, focal=own / sample["image"].shape[1] if own else focal, factor=float(factor))
         group = source.group(index) if hasattr(source, "group") else dataset
         if len(measured[group]) >= COMPARED:
@@ -112,13 +122,28 @@ def audit(
         page,
         title=f"Audit of {source.name}",
         groups=[_group(name, [m for _, m in measured[name]], found[name], range_m) for name in found],
-        worst=[_picture(source, index, why) for index, why in _worst(measured.values())],
-        random=[_picture(source, all_of[i][0], "") for i in sorted(chosen)],
+        worst=[_picture(source, index, why) for index, why in _worst(measured, found, range_m)],
+        random=[_picture(source, all_of[i][0], f"{all_of[i][1].valid:.1%} valid") for i in sorted(chosen)],
         faults=faults,
         skipped=[(skip.key, skip.reason) for skip in getattr(source, "skipped", [])],
         command=command,
     )
     return Audit(found, faults, page)
+
+
+def _verified(source: Packable) -> list[tuple[str, str]]:
+    """Files whose content is not what it was when its checksum was noted: (key, what to do)."""
+    if not isinstance(source, Raw):
+        raise ConfigError(
+            f"checksums=true is for sets in their original files, and {source.name} is none: leave it out (every read "
+            "of a shard is checked as it is)"
+        )
+    try:
+        found = source.verify()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"{len(found):,} of {len(source.checksums()):,} files are not what they were: {source.checksums_path}")
+    return [(skip.key, skip.reason) for skip in found]
 
 
 def print_audit(result: Audit) -> None:
@@ -155,23 +180,38 @@ def _group(name: str, of: Sequence[Measured], found: Sequence[Verdict], range_m:
     return Group(name, rows, facts, depths, "m" if metric else "unknown unit", range_m if metric else None)
 
 
-def _worst(groups: Iterable[Sequence[tuple[int, Measured]]]) -> Iterator[tuple[int, str]]:
-    """The samples with most against them: faults, then flags of single samples, then few valid pixels.
+def _worst(
+    groups: Mapping[str, Sequence[tuple[int, Measured]]],
+    found: Mapping[str, Sequence[Verdict]],
+    range_m: Sequence[float] | None,
+) -> Iterator[tuple[int, str]]:
+    """The samples with most against them: faults, then what their dataset is flagged for, then few valid pixels.
 
-    The worst of every dataset come before the second worst of any.
+    The worst of every dataset come before the second worst of any; a flagged dataset comes before the others.
     """
     ranked = []
-    for of in groups:
+    for name, of in groups.items():
+        flagged = {v.test for v in found[name] if v.state == "flagged"}
+        edged = [n for _, n in of if n.image_edges.size and n.label_edges.size]
+        mixed = "wrong pair" in flagged  # no sample alone can tell
+        fits = {n.key: float(z) for n, z in zip(edged, own_scores(edged), strict=True)} if mixed else {}
         judged = []
         for index, numbers in of:
-            flags = [v for v in verdicts([numbers], range_m=None) if v.state == "flagged"]
-            why = [*numbers.faults, *(f"{v.test}: {v.words}" for v in flags)]
-            judged.append((-len(why), numbers.valid, index, "; ".join(why) or f"{numbers.valid:.1%} valid"))
-        ranked += [(rank, *rest) for rank, rest in enumerate(sorted(judged))]
+            told = [v for v in verdicts([numbers], range_m=range_m) if v.state == "flagged"]
+            why = [*numbers.faults, *(f"{v.test}: {v.words}" for v in told)]
+            fit = fits.get(numbers.key, 0.0)
+            why += [f"wrong pair: its label fits {-fit:.1f} deviations worse than those of others"] if fit < 0 else []
+            alike = sum(v.test in flagged for v in told) + (fit < 0)
+            rank = -bool(numbers.faults), -alike, -len(why), fit, numbers.valid
+            judged.append((*rank, index, "; ".join(why) or f"{numbers.valid:.1%} valid"))
+        ranked += [
+            (not flagged and not rest[2], number, not flagged, *rest) for number, rest in enumerate(sorted(judged))
+        ]
+    if ranked and not min(ranked)[0]:  # where something is against some, those against whom nothing is stay away
+        ranked = [rank for rank in ranked if not rank[0]]
     yield from ((index, why) for *_, index, why in sorted(ranked)[:SHOWN])
 
 
 def _picture(source: Packable, index: int, why: str) -> Picture:
     sample: Any = source.read(index)
-    title = f"{sample['key']}: {why}" if why else str(sample["key"])
-    return Picture(title, sample["image"], sample["disparity"], sample["valid"], sample["sky"])
+    return Picture(str(sample["key"]), why, sample["image"], sample["disparity"], sample["valid"], sample["sky"])

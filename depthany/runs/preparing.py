@@ -158,7 +158,11 @@ def next_commands(job: Preparation) -> list[str]:
 
 
 def print_summary(summary: Summary, following: list[str]) -> None:
-    """What is there, what the run did, and what comes next."""
+    """What is there, what the run did, and what comes next.
+
+    Raises:
+        ConfigError: nothing of the set can be used.
+    """
     table = Table(show_header=False)
     table.add_row("set", summary.name)
     table.add_row("folder", str(summary.out))
@@ -179,3 +183,5 @@ def print_summary(summary: Summary, following: list[str]) -> None:
         print(f"dropped: {summary.out / DROPPED}")
     for number, command in enumerate(following if summary.images else ()):
         print(f"{'or:' if number else 'next:':<9}{command}")
+    if not summary.images:
+        raise ConfigError(f"nothing of {summary.name} can be used: {summary.out / DROPPED} says why of each file")

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -230,6 +231,60 @@ def test_a_sample_whose_files_or_row_changed_is_replaced(tmp_path: Path) -> None
     assert_equal(packed(out, "index_csv"), raw(reader("index_csv", root)))
 
 
+def test_a_label_rewritten_at_its_size_is_packed_again_and_a_copied_one_is_not(tmp_path: Path) -> None:
+    root, out = tmp_path / "raw", tmp_path / "out"
+    write_folder_pair(root)
+    packing(pair(root), out).run()
+    np.save(root / "depth/2.npy", scene_depth(*SHAPE, number=9).astype(np.float32))
+    os.utime(root / "depth/1.npy")
+    summary = packing(pair(root), out).run()
+    assert (summary.made, summary.images, summary.dropped) == (1, 4, {"replaced": 1})
+    assert_equal(packed(out, "folder_pair"), raw(pair(root)))
+
+
+def test_packing_notes_the_checksums_of_a_published_set_and_holds_to_them(tmp_path: Path) -> None:
+    root, out = tmp_path / "raw", tmp_path / "out"
+    write_irs(root)
+    source = reader("irs", root)
+    packing(source, out).run()
+    files = {path for i in range(len(source)) for path in source.row(i).files}
+    assert source.checksums() == {path: hashlib.sha256((root / path).read_bytes()).hexdigest() for path in files}
+    good = (root / source.row(0).label).read_bytes()
+    (root / source.row(0).label).write_bytes(good + b"more")
+    assert packing(reader("irs", root), out).run().dropped == {"changed": 1}
+    kept = packed(out, "irs")
+    note = source.checksums_path.read_text().splitlines(keepends=True)
+    source.checksums_path.write_text("".join(line for line in note if source.row(0).label not in line))
+    assert packing(reader("irs", root), out).run().dropped == {"replaced": 1}  # it was meant
+    assert_equal(packed(out, "irs"), kept)
+    assert source.checksums()[source.row(0).label] == hashlib.sha256(good + b"more").hexdigest()
+
+
+def test_a_list_of_somebody_else_on_a_read_only_disk_is_used_without_noting_checksums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "raw"
+    write_irs(root)
+    source = reader("irs", root)
+    source.prepare()
+    source.checksums_path.with_name(f"{source.checksums_path.name}.{os.getpid()}.part").mkdir()  # as good as read-only
+    assert packing(source, tmp_path / "out").run().images == 3
+    assert "no checksums are noted: source irs: cannot write" in capsys.readouterr().out
+
+
+def test_a_root_one_folder_higher_or_lower_does_not_double_the_set(tmp_path: Path) -> None:
+    roots = [tmp_path / "sets", tmp_path / "sets/irs", tmp_path / "sets/irs/Home"]
+    write_irs(roots[1])
+    for number, first in enumerate(roots):
+        out = tmp_path / f"out {number}"
+        assert packing(reader("irs", first), out).run().images == 3
+        for other in roots:
+            if other != first:
+                with pytest.raises(PackError, match=r"seems to be .*: name the root that it was packed from"):
+                    packing(reader("irs", other), out).run()
+        assert packing(reader("irs", first), out).run().made == 0
+
+
 def test_a_file_with_another_checksum_is_not_packed(tmp_path: Path) -> None:
     root, out = tmp_path / "raw", tmp_path / "out"
     write_folder_pair(root)
@@ -259,6 +314,16 @@ def test_bad_input_is_one_line_that_names_the_way_out(tmp_path: Path) -> None:
     write_folder_pair(tmp_path / "other")
     with pytest.raises(PackError, match=r"was prepared with root=\S+raw: say the same again, or name another folder"):
         packing(pair(tmp_path / "other"), out).run()
+    write_kitti(tmp_path / "kitti")
+    frames = tmp_path / "frames.txt"
+    listed = [reader("kitti", tmp_path / "kitti").row(i) for i in range(2)]
+    for rows in (listed, listed[:1]):
+        frames.write_text("\n".join(f"{row.image} {row.label} 721.5" for row in rows))
+        kitti = packing(reader("kitti", tmp_path / "kitti", files=str(frames)), tmp_path / "out of kitti")
+        if rows is listed:
+            assert kitti.run().images == 2
+    with pytest.raises(PackError, match=r"another content of files=FILE .*: bring that content back, or name another"):
+        kitti.run()
     tar = out / "folder_pair-000000.tar"
     os.truncate(tar, 5000)
     with pytest.raises(

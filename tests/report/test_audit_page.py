@@ -16,7 +16,8 @@ def picture(*, height: int = 60, width: int = 80) -> Picture:
     sky[:10, :10] = True
     valid[:10, -10:] = False
     return Picture(
-        "one <&>", np.full((height, width, 3), 90, np.uint8), np.where(sky, 0, disparity).astype(np.float32), valid, sky
+        *("one <&>", "3 <nan>", np.full((height, width, 3), 90, np.uint8)),
+        *(np.where(sky, 0, disparity).astype(np.float32), valid, sky),
     )
 
 
@@ -57,10 +58,16 @@ def test_every_flag_is_said_with_its_evidence(tmp_path: Path) -> None:
         command="go",
     )
     html = page.read_text(encoding="utf-8")
-    assert "2 flagged." in html and "first: wrong unit: median 3000 m." in html
+    assert html.index("2 flagged") < html.index("Correct the metres") < html.index("<img") < html.index("<table")
+    assert "2 flagged" in html and "first: wrong unit: median 3000 m." in html
     assert "cannot tell" in html and "the card&#x27;s range" in html and html.count("<svg") == 2
-    assert "&lt;mine&gt;" in html and "one &lt;&amp;&gt;" in html and "Random samples" not in html
-    assert "The first 200 are shown." in html and "no label" in html and html.count("<img") == 2
+    assert (
+        "&lt;mine&gt;" in html
+        and "one &lt;&amp;&gt;" in html
+        and "3 &lt;nan&gt;" in html
+        and "Random samples" not in html
+    )
+    assert "The first 200 are shown." in html and "no label" in html and html.count("<img") == 3
 
 
 def test_a_label_without_a_pixel_is_shown() -> None:

@@ -169,6 +169,10 @@ class IndexCsv:
         """The column `dataset`, to split by."""
         return self._rows[index].dataset
 
+    def focal_of(self, index: int) -> float | None:
+        """The focal length in pixels of the image, where the row says it."""
+        return self._rows[index].focal_px
+
     def identity(self) -> dict[str, Any]:
         """What a packed copy depends on: the rows in use and the sizes of their files."""
         digest = hashlib.sha256()

@@ -31,6 +31,7 @@ from depthany.data.shards import (
     Shard,
     ShardError,
     indexed_tars,
+    label_path,
     read_catalog,
     read_index,
     write_catalog,
@@ -41,6 +42,7 @@ from depthany.types import DepthSample, ImageSample, Skip
 
 ANY = "any"
 WAIT_S = 0.5
+SAID = 3  # images that cannot be used are named on the terminal
 NO_SHARDS = "no shards <set>-000000.tar with an index in {}: python -m depthany.prepare makes them"
 
 
@@ -329,7 +331,7 @@ class Shards:
         return Path(self._label_tar(shard, teacher))
 
     def _label_tar(self, shard: int, teacher: str) -> str:
-        return os.path.join(self.labels_root, f"{Path(self.tar(shard)).stem}.{teacher}.tar")
+        return os.path.join(self.labels_root, label_path(Path(self.tar(shard)), teacher).name)
 
     def shard(self, shard: int) -> Shard:
         """An image shard, opened or still open.
@@ -575,7 +577,9 @@ class Packed(Shards):
                     self._pack(self._missing())
         except OSError as error:
             raise ShardError(f"{self.name}: {self.folder} cannot be written: {error.strerror or error}") from error
-        self._local_catalog()
+        if lost := json.loads(self._local_catalog().skipped):
+            print(f"{self.name}: {len(lost):,} of {len(self.source):,} images cannot be used: {self.folder / CATALOG}")
+            print("\n".join(f"not used: {key}: {reason}" for _, key, reason in lost[:SAID]))
 
     def _pack(self, missing: list[int]) -> None:
         workers = min(os.cpu_count() or 1, len(missing))

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
+from rich.progress import track
 from torch import Tensor
 
 from depthany.data.files import DecodeError, decode_depth, read_image, sample_key
@@ -31,6 +32,9 @@ from depthany.types import DepthKind, DepthSample, Quantity, Skip
 VERSION = 1  # of the stored list
 SETTLED_NS = 20_000_000  # clocks of file systems tick every few milliseconds
 RANGE = 1000  # rows checked by one thread at a time
+AT_ONCE = 64  # files whose checksums are taken between two looks at the keyboard
+LOADING = ".aria2"  # of the file that lies beside one that is still being downloaded, and has its full size already
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".7z", ".rar")
 SKY_FOLDER = ".depthany/sky"  # of the masks that `sky_masks=beside` means, below the root
 SKY_NOTE = "sky.json"  # among the masks: what made them
 
@@ -213,30 +217,66 @@ class Raw:
             raise self.damaged(row.label, "no pixel has a valid value")
         return DepthSample(image=image, key=self.key(index), **label)
 
-    def verify(self) -> list[Skip]:
-        """Reads every file and compares its sha256 with the one of the first time, in `<list>.sha256`.
+    @property
+    def checksums_path(self) -> Path:
+        """Where the sha256 of files is noted, in the format of `sha256sum`, which can check it from the root."""
+        return self.index_path.with_suffix(".sha256")
 
-        That has the format of `sha256sum`, which can check it as well, from the root.
+    def checksums(self) -> dict[str, str]:
+        """The sha256 that is noted of a file, by its path."""
+        note = self.checksums_path
+        lines = os.fsdecode(note.read_bytes()).split("\n") if note.exists() else []
+        return {match[2]: match[1] for line in lines if (match := re.fullmatch("([0-9a-f]{64})  (.+)", line))}
 
-        Returns:
-            files whose content has changed.
+    def note(self, digests: Mapping[str, str]) -> None:
+        """Adds the sha256 of files by path; what is noted of a file already stays.
 
         Raises:
-            OSError: a file cannot be read.
+            ValueError: it cannot be written.
         """
-        note = self.index_path.with_suffix(".sha256")
-        lines = os.fsdecode(note.read_bytes()).splitlines() if note.exists() else []
-        known = {path: digest for digest, path in (line.split("  ", 1) for line in lines)}
+        known = self.checksums()
+        if digests.keys() - known:
+            lines = [f"{digest}  {path}\n" for path, digest in {**digests, **known}.items()]
+            try:
+                write_beside(self.checksums_path, os.fsencode("".join(lines)))
+            except OSError as err:
+                raise self._unwritable(err) from err
+
+    def altered(self, path: str) -> str:
+        """What to say of a file that has not the sha256 that is noted of it."""
+        meant = f"delete its line in {self.checksums_path} if the new content is meant"
+        return f"{self.root / path}: its content is not what it was: fetch the file again, or {meant}"
+
+    def verify(self) -> list[Skip]:
+        """Reads every file, with a bar, and compares its sha256 with the one that is noted; the first one is noted.
+
+        Returns:
+            files whose content has changed, or that cannot be read.
+
+        Raises:
+            ValueError: the checksums cannot be written.
+        """
+        known = self.checksums()
+        found: dict[str, str] = {}
         files = list(dict.fromkeys(path for i in range(len(self)) for path in self.row(i).files))
-        digests: dict[str, str] = {}
+        wrong: list[Skip] = []
+        if not known.keys() >= set(files):
+            self._require_writable()  # before hours of reading
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(files), RANGE):
-                some = files[start : start + RANGE]
-                digests |= zip(some, pool.map(self._sha256, some), strict=True)
-        write_beside(note, os.fsencode("".join(f"{digest}  {path}\n" for path, digest in (digests | known).items())))
-        reason = f"its content is not what {note} says: fetch it again, or delete that list of checksums"
-        changed = [path for path in files if digests[path] != known.get(path, digests[path])]
-        return [Skip(self.name, f"{self.name}/{path}", reason) for path in changed]
+            try:
+                for start in track(range(0, len(files), AT_ONCE), f"checking the files of {self.name}"):
+                    some = files[start : start + AT_ONCE]
+                    for path, digest in zip(some, pool.map(self._sha256, some), strict=True):
+                        if isinstance(digest, OSError):
+                            reason = f"{self.root / path}: it cannot be read ({digest.strerror}): fetch the file again"
+                            wrong.append(Skip(self.name, f"{self.name}/{path}", reason))
+                            continue
+                        found[path] = digest
+                        if known.get(path, digest) != digest:
+                            wrong.append(Skip(self.name, f"{self.name}/{path}", self.altered(path)))
+            finally:  # hours of reading are not lost to Ctrl-C
+                self.note(found)
+        return wrong
 
     # What a reader calls
 
@@ -260,7 +300,12 @@ class Raw:
                 names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
             inner = [name for name, is_folder in names if is_folder and name not in without]
             pending += [(f"{folder}/{name}" if folder else name, (*above, place)) for name in reversed(inner)]
-            yield folder, [name for name, is_folder in names if not is_folder]
+            files = [name for name, is_folder in names if not is_folder]
+            loading = {name.removesuffix(LOADING) for name in files if name.endswith(LOADING)}
+            for name in sorted(loading):
+                reason = f"unfinished: {name}{LOADING} says that it is still being downloaded"
+                self.skip(f"{folder}/{name}".lstrip("/"), reason)
+            yield folder, [name for name in files if name not in loading and not name.endswith(LOADING)]
 
     def siblings(self, *parts: str, without: Collection[str] = ()) -> Iterator[tuple[str, list[list[str]]]]:
         """(folder, the files in each of its folders `parts`) of every folder that has one of them, in order.
@@ -424,12 +469,7 @@ class Raw:
         return listing
 
     def _scan_and_store(self) -> _Listing:
-        try:  # first of all: a new folder in the root changes the root
-            self.index_path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.index_path.parent):
-                pass
-        except OSError as err:
-            raise self._unwritable(err) from err
+        self._require_writable()  # first of all: a new folder in the root changes the root
         self._folders, self._skips = {}, []
         rows = sorted(self.scan(), key=attrgetter("key"))
         if self.sky_masks:
@@ -437,7 +477,8 @@ class Raw:
             rows = [row._replace(extra=row.extra | {"sky": mask}) for row, mask in zip(rows, masks, strict=True)]
         if not rows:
             first = f"; left out: {len(self._skips)}, first {': '.join(self._skips[0])}" if self._skips else ""
-            raise ValueError(f"source {self.name}: no samples in root={self.root}, wanted {self.layout}{first}")
+            wanted = f"no samples in root={self.root}, wanted {self.layout}; it holds {self._holds()}"
+            raise ValueError(f"source {self.name}: {wanted}{first}")
         lines, identity = [], hashlib.sha256()
         for row in rows:
             stats = [self._stat(path) for path in row.files]
@@ -459,9 +500,25 @@ class Raw:
             raise self._unwritable(err) from err
         return _Listing.parse(data)
 
+    def _holds(self) -> str:
+        """The first names in the root, and what to do where they are archives."""
+        names = sorted(name for name in os.listdir(self.root) if not name.startswith("."))
+        packed = [name for name in names if name.lower().endswith(ARCHIVES)]
+        if packed:
+            return f"{packed[0]}: unpack the archives first"
+        return ", ".join(names[:3]) + ", ..." * (len(names) > 3) if names else "nothing"
+
+    def _require_writable(self) -> None:
+        try:
+            self.index_path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.index_path.parent).close()
+        except OSError as err:
+            raise self._unwritable(err) from err
+
     def _unwritable(self, err: OSError) -> ValueError:
         where = f"cannot write the list of samples to {self.index_path.parent} ({err.strerror})"
-        return ValueError(f"source {self.name}: {where}; set `index_root` to a folder for it")
+        options = f"dataset.index_root=FOLDER, or data.sources.{self.name}.source.index_root=FOLDER in training"
+        return ValueError(f"source {self.name}: {where}; set `index_root` to a folder for it: {options}")
 
     def _stat(self, path: str) -> tuple[int, int]:
         try:
@@ -474,9 +531,12 @@ class Raw:
         lines = map(self._list().line, range(start, min(start + RANGE, len(self))))
         return all([list(self._stat(path)) for path in Row(*line[:4]).files] == line[4] for line in lines)
 
-    def _sha256(self, path: str) -> str:
-        with open(self.root / path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def _sha256(self, path: str) -> str | OSError:
+        try:
+            with open(self.root / path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as err:
+            return err
 
 
 def mask_name(image: str) -> str:

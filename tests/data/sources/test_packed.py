@@ -120,8 +120,11 @@ def test_a_packed_set_reads_as_its_source_does(tmp_path: Path) -> None:
         assert_same(made.read(i), source.read(i))
 
 
-def test_damaged_samples_are_listed_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_damaged_samples_are_listed_and_the_others_are_kept(tmp_path: Path, capsys: Any) -> None:
     made = packed(tmp_path, Odd())
+    said = capsys.readouterr().out
+    assert f"odd: 2 of 6 images cannot be used: {made.folder / 'shards.json'}" in said.replace("\n", " ")
+    assert "not used: odd/1: odd/1 is torn\nnot used: odd/4: odd/4 is torn\n" in said
     assert [made.key(i) for i in range(len(made))] == ["odd/0", "odd/2", "odd/3", "odd/5"]
     assert [(skip.source, skip.key, skip.reason) for skip in made.skipped] == [
         ("odd", "odd/1", "odd/1 is torn"),

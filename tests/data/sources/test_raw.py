@@ -35,7 +35,7 @@ class Toy(Raw):
         for folder, names in self.walk(without={"other"}):
             found: dict[str, dict[str, str]] = {".png": {}, ".npy": {}, ".txt": {}}
             for name in names:
-                found[Path(name).suffix][Path(name).stem] = f"{folder}/{name}"
+                found.setdefault(Path(name).suffix, {})[Path(name).stem] = f"{folder}/{name}"
             for stem, image, label in self.pairs(found[".png"], found[".npy"]):
                 yield Row(image, image, label, {"camera": f"{folder}/camera.txt", "scene": folder, "frame": int(stem)})
 
@@ -153,6 +153,15 @@ def test_identity_knows_no_place_and_no_time(root: Path, tmp_path: Path) -> None
     assert toy(tmp_path / "copy").identity() == first
 
 
+def test_what_is_still_being_downloaded_waits_until_it_is_there(root: Path) -> None:
+    (root / "scene 0" / "1.npy.aria2").write_bytes(b"")
+    source = toy(root)
+    assert len(source) == 5
+    assert "still being downloaded" in {skip.key: skip.reason for skip in source.skipped}["toy/scene 0/1.npy"]
+    (root / "scene 0" / "1.npy.aria2").unlink()
+    assert len(toy(root)) == 6
+
+
 def test_half_pairs_are_named(root: Path) -> None:
     (root / "scene 0" / "1.png").unlink()
     (root / "scene 1" / "2.npy").unlink()
@@ -196,7 +205,10 @@ def test_wrong_options_are_told(root: Path) -> None:
 
 def test_an_empty_root_is_told_with_what_was_left_out(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no samples in root=\S+, wanted <scene>/<frame>.png$"):
+    with pytest.raises(ValueError, match=r"no samples in root=\S+, wanted <scene>/<frame>.png; it holds nothing$"):
+        len(toy(tmp_path / "empty"))
+    (tmp_path / "empty" / "scene_1.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"it holds scene_1.zip: unpack the archives first$"):
         len(toy(tmp_path / "empty"))
     for path in root.rglob("*.npy"):
         path.unlink()

@@ -163,7 +163,7 @@ def _build(config: Mapping[str, Any] | str, state: Mapping[str, Tensor], *, sour
     for module in model.modules():  # what no file stores, as the periods of rotary positions, is computed
         if hasattr(module, "init_non_persistent_buffers") and any(b.is_meta for b in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
-            module.init_non_persistent_buffers()  # timm's
+            module.init_non_persistent_buffers()  # type: ignore[operator]  # timm's
     load_strictly(model, state, source=str(source), assign=True)
     for module in model.modules():  # zeros beside weights, as the bias of keys, in their precision; periods stay exact
         for weight in islice(module.parameters(recurse=False), 1):

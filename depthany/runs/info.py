@@ -14,7 +14,12 @@ from depthany.runs.find import find_weights, open_weights, run_config
 
 Info = dict[str, Any]  # section -> name -> value; "data" is a list of such mappings
 # What the authors say of their own files (V2c README.md); a file in their layout may be anybody's.
-OFFICIAL_LICENCES = {"vits": "Apache-2.0", "vitb": "CC-BY-NC-4.0", "vitl": "CC-BY-NC-4.0", "vitg": "CC-BY-NC-4.0"}
+OFFICIAL_LICENCES = {  # of V2
+    "vits": "Apache-2.0",
+    "vitb": "CC-BY-NC-4.0",
+    "vitl": "CC-BY-NC-4.0",
+    "vitg": "CC-BY-NC-4.0",
+}
 CARD_OF = {"scenes": "embedded"}  # modules of depthany.data.sources whose card has another name
 
 
@@ -69,7 +74,9 @@ def checkpoint_info(spec: str, runs: Path) -> Info:
                 break
     name = next((n for n, official in OFFICIAL.items() if official["encoder"] == model.config()["encoder"]), None)
     if name and str(said.get("layout")).startswith(("official", "Hugging")):
-        told = {"set": f"official {name} weights of V2, if these are they", "licence": OFFICIAL_LICENCES[name]}
+        first = str(said["layout"]).endswith("V1")
+        told = {"set": f"official {name} weights of {'V1' if first else 'V2'}, if these are they"}
+        told["licence"] = "Apache-2.0 (of the repository)" if first else OFFICIAL_LICENCES[name]
         info["data"] = [{"part": "weights", **told}]
     return {section: _told(values) for section, values in info.items() if _told(values)}
 

@@ -4,6 +4,7 @@ The flags have the names of Depth-Anything-V2 `run.py` where one exists.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SAVES = ("npy", "npz", "png16", "exr", "pfm", "tiff")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the flags; ends the program on a flag that makes no sense."""
     parser = argparse.ArgumentParser(prog="python -m depthany.predict", description=__doc__)
-    photos = "photos, videos, folders (searched recursively), glob patterns, or .txt lists of them"
+    photos = "photos, videos, folders (searched recursively), glob patterns, or lists of them: .txt, - for stdin"
     parser.add_argument("photos", nargs="*", metavar="PHOTOS", help=photos)
     parser.add_argument("--img-path", nargs="+", default=[], metavar="PHOTOS", help="the same")
     encoder = "take checkpoints/depth_anything_v2_ENCODER.pth; with --checkpoint: refuse another encoder"
@@ -41,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, default=4_000_000, help=pixels)
     flags = parser.parse_args(arguments)
     flags.photos += flags.img_path
-    flags.save = tuple(name for name in flags.save.split(",") if name)
+    flags.save = tuple(name.strip().lower() for name in flags.save.split(",") if name.strip())
     if not flags.photos:
         parser.error("name at least one photo, video, folder, glob pattern or .txt list")
     if unknown := sorted(set(flags.save) - set(SAVES)):
@@ -57,11 +58,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns 0 if anything was written and no writing failed, else 1."""
+    """Runs the verb; returns 0 if anything was written and no writing failed, 130 if it was interrupted, else 1."""
     flags = parse(arguments)
-    from depthany.runs.predicting import predict
+    try:
+        from depthany.runs.predicting import predict
 
-    return predict(flags)
+        return predict(flags)
+    except KeyboardInterrupt:
+        print("interrupted: what is written is whole", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

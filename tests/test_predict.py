@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from PIL import Image
 from depthany.geometry.pictures import EXIF_ORIENTATION
 from depthany.inference.depth_map import load_map
 from depthany.inference.predictor import Predictor
-from depthany.inference.video import VideoFile, write_video
+from depthany.inference.video import Frame, VideoFile, write_video
 from depthany.models.depth_model import DepthModel
 from depthany.models.weights import load_weights, save_weights
 from depthany.predict import main, parse
+from tests.processes import Zygote
 
 av = pytest.importorskip("av", reason="needs depthany[video]")
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +161,41 @@ def test_odd_photos_are_what_they_show(weights: Path, tmp_path: Path, capsys: py
     assert maps["cmyk"].shape == (30, 40) and maps["one"].shape == (1, 1) and np.isfinite(maps["one"]).all()
 
 
+def test_names_of_any_letters(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "photos"
+    for name in ("with space", "100%d [1]", "日本", os.fsdecode(b"no utf-8 \xff")):
+        write_photo(folder / f"{name}.png")
+    (folder / os.fsdecode(b"two\nlines \xff.png")).write_bytes(b"no photo")
+    kinds = "npy,npz,png16,exr,pfm,tiff"
+    assert predict(weights, folder, "--outdir", tmp_path / "out", "--save", kinds) == 0
+    printed = capsys.readouterr()
+    assert "4 written" in printed.out and r"two\nlines \udcff.png" in printed.out
+    assert r"two\nlines \udcff.png: not an image" in printed.err
+    assert len(files_in(tmp_path / "out")) == 4 * 7
+
+
+@pytest.mark.slow
+def test_an_interruption_is_one_line_and_leaves_whole_files(weights: Path, tmp_path: Path, zygote: Zygote) -> None:
+    for number in range(40):
+        write_photo(tmp_path / "photos" / f"{number}.png", 200, 300)
+    flags = ["--checkpoint", str(weights), "--outdir", "out", "--save", "npz", "--input-size", "224", "--device", "cpu"]
+    group = zygote.start(["depthany.predict", "photos", *flags], cwd=tmp_path)
+    try:
+        while not list(tmp_path.glob("out/*.npz")):
+            assert group.poll() == [None], group.output()
+            time.sleep(0.02)
+        group.kill(2)
+        assert group.wait(60) == [130], group.output()
+    finally:
+        group.kill()
+    assert "interrupted: what is written is whole" in group.output() and "Traceback" not in group.output()
+    written = files_in(tmp_path / "out")
+    assert 0 < len(written) < 80 and not [name for name in written if name.startswith(".")]
+    for name in written:
+        if name.endswith(".npz"):
+            assert load_map(tmp_path / "out" / name).values.shape == (200, 300)
+
+
 def test_a_metric_model_gives_metres(tmp_path: Path) -> None:
     model = small_model(activation="sigmoid", max_depth=20.0)
     save_weights(model, tmp_path / "metric.safetensors", metadata={})
@@ -246,7 +283,7 @@ def test_a_video_keeps_its_size_its_rate_and_one_range(
     scene = np.random.default_rng(1).integers(0, 120, (36, 48, 3), np.uint8)
     with write_video(tmp_path / "clip.mp4", Fraction(12)) as add:
         for number in range(8):
-            add(scene if number < 6 else scene * 2)
+            add(Frame(Fraction(number, 12), scene if number < 6 else scene * 2))
     write_photo(tmp_path / "clip.jpg")
     inputs = [tmp_path / "clip.mp4", tmp_path / "clip.jpg"]
     options = ["--outdir", tmp_path / "out", "--pred-only", "--grayscale", "--save", "npz,exr", "--batch-size", 3]
@@ -276,8 +313,8 @@ def test_a_damaged_video_is_named_and_leaves_nothing(
 ) -> None:
     rng = np.random.default_rng(2)
     with write_video(tmp_path / "clip.mp4", Fraction(5)) as add:
-        for _ in range(30):
-            add(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        for number in range(30):
+            add(Frame(Fraction(number, 5), rng.integers(0, 256, (24, 32, 3), np.uint8)))
     data = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "headless.mp4").write_bytes(data[:-400])  # an MP4's table of frames stands at its end
     third = len(data) // 3

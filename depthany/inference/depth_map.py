@@ -156,8 +156,11 @@ class DepthMap:
             focal_px = width / 2 / tan(radians(fov_deg) / 2)
         if focal_px is None or not focal_px > 0:
             raise ValueError(f"focal_px={focal_px}: give the focal length in pixels, above 0")
-        if colors is not None and colors.shape != (height, width, 3):
-            raise ValueError(f"colors are {colors.shape}, the map {self.values.shape}: give the photo of the map")
+        if colors is not None and (colors.shape != (height, width, 3) or colors.dtype != np.uint8):
+            raise ValueError(
+                f"colors are {tuple(colors.shape)} {colors.dtype}, the map is {self.values.shape}: give its photo, "
+                "(H, W, 3) uint8"
+            )
         depth_m = self.to_depth(scale, shift)
         rows, columns = np.nonzero(np.isfinite(depth_m))
         z = depth_m[rows, columns].astype(np.float64)
@@ -171,7 +174,7 @@ class DepthMap:
             return 0.0, 0.0
         return float(self.values[self.valid].min()), float(self.values[self.valid].max())
 
-    def save(self, path: Path) -> tuple[float, float]:
+    def save(self, path: Path | str) -> tuple[float, float]:
         """Writes the map beside `path` and moves it into place; the suffix chooses the format, see `write_map`.
 
         Invalid pixels are NaN, in a 16-bit PNG 0. `load_map` reads all of them back; the confidence is kept in an npz.
@@ -184,11 +187,11 @@ class DepthMap:
         """
         values = np.where(self.valid, self.values, np.float32(np.nan)).astype(np.float32)
         more = {} if self.confidence is None else {"confidence": self.confidence.astype(np.float32)}
-        write_map(path, values, {"space": self.space, "near_is_large": self.near_is_large}, more)
+        write_map(Path(path), values, {"space": self.space, "near_is_large": self.near_is_large}, more)
         return self.value_range()
 
 
-def load_map(path: Path, *, space: Space = "disparity") -> DepthMap:
+def load_map(path: Path | str, *, space: Space = "disparity") -> DepthMap:
     """Reads a map that `DepthMap.save` wrote: exact, but for PNG, which is exact to (high - low) / 131068.
 
     Args:
@@ -198,7 +201,7 @@ def load_map(path: Path, *, space: Space = "disparity") -> DepthMap:
     Raises:
         ValueError: Not such a file; it is named.
     """
-    values, meaning, more = read_map(path)
+    values, meaning, more = read_map(Path(path))
     valid = ~np.isnan(values)
     values = np.where(valid, values, np.float32(0))
     try:

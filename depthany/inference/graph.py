@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from depthany.geometry.resize import MAX_INPUT_PIXELS
 from depthany.models.depth_model import DepthModel
 from depthany.models.encoder import Encoder
 from depthany.types import IMAGENET_MEAN, IMAGENET_STD
@@ -103,7 +104,8 @@ def write_onnx(model: DepthModel, path: Path, *, pictures: int | None) -> None:
     Without `pictures`: `image` (B, 3, H, W) float32, ImageNet-normalised, sides multiples of the patch size, gives
     `disparity` (B, H, W), of a metric model `depth` in metres. With it: `picture` (B, H, W, 3) uint8 RGB of any size
     gives a map of its size, by the official rules: cubic resize to a short side of at least `pictures`, sides rounded
-    to the patch size, and the map bilinear back to the picture's size.
+    to the patch size, within MAX_INPUT_PIXELS as `geometry.resize.fit_size` has it, and the map bilinear back to the
+    picture's size.
 
     Args:
         model: on the CPU, in float32.
@@ -135,7 +137,7 @@ def write_onnx(model: DepthModel, path: Path, *, pictures: int | None) -> None:
         )
     proto = onnx.load(path, load_external_data=False)
     if pictures is not None:
-        _take_pictures(proto, size=pictures, patch=patch, output=output)
+        _take_pictures(proto, size=pictures, patch=patch, max_pixels=MAX_INPUT_PIXELS, output=output)
     facts = {"model": json.dumps(model.config()), "space": model.space, "patch_size": str(patch)}
     onnx.helper.set_model_props(proto, facts)
     onnx.save(proto, path)
@@ -146,6 +148,7 @@ def _take_pictures(
     *,
     size: int,
     patch: int,
+    max_pixels: int,
     output: str,
 ) -> None:
     """Puts the official pre- and post-processing around a network's graph.
@@ -174,7 +177,28 @@ def _take_pictures(
             pre_short = Less (pre_side, pre_size)
             pre_number = Where (pre_short, pre_up, pre_near)
             pre_exact = Mul (pre_number, pre_patch)
-            pre_new = Cast <to = 7> (pre_exact)
+            pre_most = Constant <value = double {{{max_pixels}}}> ()
+            pre_turn = Constant <value = int64[2] {{1, 0}}> ()
+            pre_other = Gather (pre_exact, pre_turn)
+            pre_area = Mul (pre_exact, pre_other)
+            pre_share = Div (pre_most, pre_area)
+            pre_factor = Sqrt (pre_share)
+            pre_shrunk = Mul (pre_exact, pre_factor)
+            pre_both = Min (pre_exact, pre_other)
+            pre_less = Mul (pre_both, pre_factor)
+            pre_parts = Div (pre_less, pre_patch)
+            pre_whole_parts = Floor (pre_parts)
+            pre_rounded = Mul (pre_whole_parts, pre_patch)
+            pre_shorter = Max (pre_rounded, pre_patch)
+            pre_left = Div (pre_most, pre_shorter)
+            pre_within = Min (pre_shrunk, pre_left)
+            pre_counts = Div (pre_within, pre_patch)
+            pre_whole_counts = Floor (pre_counts)
+            pre_down = Mul (pre_whole_counts, pre_patch)
+            pre_fitted = Max (pre_down, pre_patch)
+            pre_over = Greater (pre_area, pre_most)
+            pre_final = Where (pre_over, pre_fitted, pre_exact)
+            pre_new = Cast <to = 7> (pre_final)
             pre_three = Constant <value = int64[1] {{3}}> ()
             pre_shape = Concat <axis = 0> (pre_count, pre_three, pre_new)
             pre_bytes = Transpose <perm = [0, 3, 1, 2]> (picture)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def write_map(path: Path, values: np.ndarray, meaning: Mapping[str, Any], more: 
             _write_png16(beside, values, meaning)
         elif suffix == ".exr":
             header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage, KEY: note}
-            OpenEXR.File(header, {"Y": np.ascontiguousarray(values)}).write(str(beside))
+            made = BytesIO()  # OpenEXR opens no file whose name is not UTF-8, and does not say that a disk is full
+            OpenEXR.File(header, {"Y": np.ascontiguousarray(values)}).write(made)
+            beside.write_bytes(made.getvalue())
         elif suffix == ".pfm":  # rows bottom-up; a negative scale says little-endian
             head = f"Pf\n{values.shape[1]} {values.shape[0]}\n-1.0\n".encode()
             beside.write_bytes(head + values[::-1].astype("<f4").tobytes())

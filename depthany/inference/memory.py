@@ -16,14 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 LIBRARIES = 64 << 20  # code, thread stacks and scratch that the kernels take at the first pass (measured on CPU)
+BLOCK = 16  # oneDNN, the CPU's convolutions, works on copies whose channels are padded to multiples of this
 CGROUP = Path("/sys/fs/cgroup")  # limits of a container
 
 
 def estimate_bytes(model: nn.Module, *, batch: int, height: int, width: int, precision: Literal["fp32", "bf16"]) -> int:
     """Bytes of the weights and of the most activations that are alive at one time, without a gradient.
 
-    Attention is taken to be fused (flash or memory-efficient, as on CPU and CUDA): no tokens x tokens matrix. Scratch
-    of single kernels is not known; measured peaks are within 1.5 of the estimate (docs/benchmarks.md).
+    Attention is taken to be fused (flash or memory-efficient, as on CPU and CUDA): no tokens x tokens matrix. The
+    copies of a CPU's convolutions are counted, other scratch of single kernels is not known; measured peaks above
+    200 MB are within 1.5 of the estimate (docs/benchmarks.md).
 
     Args:
         model: maps (B, 3, H, W) to a tensor; its weights stay as they are.
@@ -35,9 +37,10 @@ def estimate_bytes(model: nn.Module, *, batch: int, height: int, width: int, pre
     fake = FakeTensorMode()
     held = [*model.named_parameters(), *model.named_buffers()]
     state: dict[str, Tensor] = {name: fake.from_tensor(value.detach()) for name, value in held}
-    device = next(iter(state.values())).device
-    with fake, torch.no_grad(), _Alive(state.values()) as alive:
-        image = torch.empty(batch, 3, height, width, device=device)
+    device, dtype = ((first := next(iter(state.values()))).device, first.dtype)
+    # Nothing here requires a gradient. Were it off, layers would take loops that are slow to play (models/onednn.py).
+    with fake, torch.enable_grad(), _Alive(state.values()) as alive:
+        image = torch.empty(batch, 3, height, width, device=device, dtype=dtype)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             torch.func.functional_call(model, state, (image,))
     return LIBRARIES + sum(value.nbytes for _, value in held) + alive.peak
@@ -53,6 +56,8 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and result.device.type == "cpu":
+            self.peak = max(self.peak, self.now + _copies(args[0], args[1], result))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -66,6 +71,18 @@ class _Alive(TorchDispatchMode):
     def _dropped(self, storage: int, size: int) -> None:
         self._known.discard(storage)
         self.now -= size
+
+
+def _copies(image: Tensor, weight: Tensor, result: Tensor) -> int:
+    """Bytes that a convolution on the CPU takes while it runs: argument and result in blocks of channels.
+
+    A picture of three channels is read as it lies. Single-threaded 1 x 1 ones in float32 are products: of a copy where
+    that is faster (models/onednn.py), of the argument itself elsewhere. All of this was measured.
+    """
+    if weight.shape[2:].numel() == 1 and image.dtype == torch.float32 and torch.get_num_threads() == 1:
+        return image.nbytes + result.nbytes
+    padded = [-(-x.shape[1] // BLOCK) * BLOCK * (x.nbytes // x.shape[1]) for x in (image, result)]
+    return padded[1] + (padded[0] if image.shape[1] > 3 else 0)
 
 
 def free_bytes(device: torch.device | str) -> int | None:

@@ -27,6 +27,9 @@ class Predictor(nn.Module):
     Resizing and normalisation follow Depth-Anything-V2 `depth_anything_v2/dpt.py` (`infer_image`)
     and `util/transform.py`.
 
+    It stays a module like any other: after `.half()`, `.bfloat16()`, `.double()` or `.to(...)` images are brought to
+    the weights' dtype and the network runs in it, whatever `precision` says; the map is float32 all the same.
+
     Args:
         model: Moved to `device` in float32 and set to evaluation.
         device: Where the network runs.
@@ -72,9 +75,20 @@ class Predictor(nn.Module):
         return self.model.space
 
     def forward(self, images: Tensor) -> Tensor:
-        """The network's output (B, H, W) float32 of ImageNet-normalised images (B, 3, H, W): see `space`."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(images).float()
+        """The network's output (B, H, W) float32 of ImageNet-normalised images (B, 3, H, W): see `space`.
+
+        Raises:
+            ValueError: Not such images, or sides that are no multiples of the patch.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"the network takes floating, ImageNet-normalised images (B, 3, H, W), not {_described(images)}; "
+                "predict() takes photos"
+            )
+        dtype = next(self.model.parameters()).dtype
+        mixed = self.precision == "bf16" and dtype == torch.float32
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
+            return self.model(images.to(dtype)).float()
 
     def input_shape(self, height: int, width: int, *, input_size: int | None) -> tuple[int, int]:
         """(h, w) of the network input of a photo of (H, W) pixels, within `max_pixels`.
@@ -100,15 +114,16 @@ class Predictor(nn.Module):
         """The normalised network input (h, w, 3) float32 of a photo, by the official rule alone.
 
         Args:
-            image: (H, W, 3) uint8 RGB, upright.
+            image: As for `predict`.
             input_size: As in `input_shape`.
             antialias: Average areas where the photo shrinks, instead of the official bicubic sampling.
 
         Raises:
-            ValueError: Not an RGB uint8 image, an input size that is not positive, or a network input above
+            ValueError: Not such an image, an input size that is not positive, or a network input above
                 `max_pixels`.
         """
-        height, width = _checked(image).shape[:2]
+        image = _rgb(image)
+        height, width = image.shape[:2]
         size = self._size(input_size)
         h, w = lower_bound_size(height, width, size=size, multiple=self.patch_size)
         if h * w > self.max_pixels:
@@ -153,7 +168,8 @@ class Predictor(nn.Module):
         A photo whose network input would be above `max_pixels` gets a smaller one: `input_shape`.
 
         Args:
-            image: (H, W, 3) uint8 RGB, upright; a picture of Pillow; or a file.
+            image: uint8 (H, W, 3) RGB, upright; (H, W) or (H, W, 1) is grey, of (H, W, 4) the alpha is dropped. Or a
+                picture of Pillow, or a file.
             input_size: As in `input_shape`.
             antialias: As in `network_input`.
             confidence: Also ask how well the map agrees with that of the mirrored photo, see `predict_batch`.
@@ -161,7 +177,7 @@ class Predictor(nn.Module):
         Raises:
             ValueError: Not such an image, an input size that is not positive, or a file that cannot be decoded.
         """
-        pixels = _checked(_pixels(image))
+        pixels = _rgb(_pixels(image))
         shape = self.input_shape(*pixels.shape[:2], input_size=input_size)
         return self.predict_batch(
             [self.resized(pixels, shape, antialias=antialias)], [pixels.shape[:2]], confidence=confidence
@@ -184,14 +200,17 @@ class Predictor(nn.Module):
         for values, sure, size in zip(maps, surer, sizes, strict=True):
             resized = _resized(values, size)
             valid = np.isfinite(resized)
-            resized = np.where(valid, resized, np.float32(0))
+            if not valid.all():
+                resized = np.where(valid, resized, np.float32(0))
             made.append(DepthMap(resized, valid, self.space, None if sure is None else _resized(sure, size)))
         return made
 
     def _size(self, input_size: int | None) -> int:
-        if input_size is not None and input_size < 1:
-            raise ValueError(f"--input-size must be positive, not {input_size}")
-        return input_size or self.input_size
+        if input_size is None:
+            return self.input_size
+        if not isinstance(input_size, int | np.integer) or isinstance(input_size, bool) or input_size < 1:
+            raise ValueError(f"input_size (--input-size) is a positive whole number of pixels, not {input_size!r}")
+        return int(input_size)
 
 
 def _resized(values: Tensor, size: tuple[int, ...]) -> np.ndarray:
@@ -207,10 +226,25 @@ def _agreement(values: Tensor, other: Tensor) -> Tensor:
     return (1 - (target - scale * centred).abs() / spread).clamp_min(0)
 
 
-def _checked(image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    return image
+def _rgb(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of an array that is a photo; what its values mean is never guessed.
+
+    Raises:
+        ValueError: It is none; the message tells how to make it one.
+    """
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
+        raise ValueError(
+            f"a photo is an array (H, W, 3), (H, W, 4) or (H, W) of uint8, not {_described(image)}; values in [0, 1]: "
+            "(255 * image).round().astype('uint8'); 16 bits: (image >> 8).astype('uint8'); (3, H, W): "
+            "image.transpose(1, 2, 0)"
+        )
+    return np.ascontiguousarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[..., :3])
+
+
+def _described(image: object) -> str:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    return type(image).__name__ if shape is None else f"{type(image).__name__} {tuple(shape)} {dtype}"
 
 
 def _pixels(image: np.ndarray | Image.Image | Path | str) -> np.ndarray:
@@ -218,6 +252,12 @@ def _pixels(image: np.ndarray | Image.Image | Path | str) -> np.ndarray:
         return image
     if isinstance(image, Image.Image):
         return upright_rgb(image)
+    if not isinstance(image, Path | str):
+        hint = "; of a tensor (3, H, W) in [0, 1]: (255 * t).round().byte().permute(1, 2, 0).cpu().numpy()"
+        raise ValueError(
+            f"a photo is an array (H, W, 3) uint8, a picture of Pillow or a file, not {_described(image)}"
+            f"{hint if isinstance(image, Tensor) else ''}"
+        )
     try:
         # From bytes: Pillow maps plain TIFFs into memory and then forgets their orientation.
         return upright_rgb(Image.open(BytesIO(Path(image).read_bytes())))

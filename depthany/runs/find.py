@@ -1,6 +1,7 @@
 """Which weights are meant: a file or folder of any layout, a run folder, a hub's model, or the last finished run."""
 
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
 from depthany.models.layouts import SUFFIXES, weight_file
 from depthany.models.weights import load_weights, weights_hash
+
+HUB_WAITS_S = 5.0  # for the hub's first answer; a machine that cannot reach it is told so at once
 
 
 def load_model(
@@ -104,7 +107,7 @@ def _file(spec: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     """The weights file of a model of the hub, from the hub's cache where it is there."""
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download
 
     def get(kind: str, *, cached: bool) -> Path:
         wanted = ["*.json", f"*{kind}"]
@@ -114,7 +117,9 @@ def _from_hub(name: str) -> Path:
         with suppress(OSError, ValueError):  # not there, or not whole
             if kind in (file := get(kind, cached=True)).name:
                 return file
-    there = list_repo_files(name)
+    print(f"{name} is not in the hub's cache: asking {constants.ENDPOINT}", file=sys.stderr, flush=True)
+    told = model_info(name, timeout=HUB_WAITS_S)  # one try; other calls of the hub take five, with pauses
+    there = [file.rfilename for file in told.siblings or ()]
     return get(next((kind for kind in SUFFIXES if any(file.endswith(kind) for file in there)), ""), cached=False)
 
 

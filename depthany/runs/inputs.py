@@ -2,8 +2,9 @@
 
 import glob
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from depthany.data.sources.photos import SUFFIXES as PHOTOS
@@ -17,7 +18,7 @@ ENDINGS = {PICTURE, VIDEO, FRAMES} | {saved.format(space=space) for saved in SAV
 
 
 def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
-    """Expands what the user named.
+    """Expands what the user named: files, folders, glob patterns, and lists of them (.txt, or - for stdin).
 
     Photos and videos in a folder are found by suffix; earlier output in an `outdir` inside that folder is
     left out. A name that leads nowhere is kept, so that it is reported when it is read.
@@ -34,7 +35,7 @@ def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
     def add(name: str, root: str) -> None:
         roots.setdefault(Path(os.path.abspath(name)), Path(os.path.abspath(root)))
 
-    for name in names:
+    for name in _unlisted(names):
         if os.path.isdir(name):
             inside = glob.glob(os.path.join(glob.escape(name), "**", "*"), recursive=True)
             earlier = out if Path(os.path.abspath(name)) in out.parents else None
@@ -42,19 +43,11 @@ def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
                 path
                 for path in sorted(inside)
                 if os.path.splitext(path)[1].lower() in PHOTOS | set(VIDEOS)
-                and os.path.isfile(path)
+                and not os.path.isdir(path)
                 and earlier not in Path(os.path.abspath(path)).parents
             ]
             for path in found or [name]:
                 add(path, name)
-        elif name.lower().endswith(".txt") and os.path.isfile(name):
-            try:
-                lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{name}: a list is UTF-8 text with one path a line; {error}") from error
-            for line in lines:
-                if line.strip():
-                    add(line.strip(), os.path.dirname(line.strip()))
         else:
             literal = os.path.exists(name) or not glob.has_magic(name)
             matches = [name] if literal else sorted(glob.glob(name, recursive=True))
@@ -63,9 +56,31 @@ def find_inputs(names: Sequence[str], outdir: Path) -> dict[Path, Path]:
     return roots
 
 
+def _unlisted(names: Sequence[str]) -> Iterator[str]:
+    """The names, and in place of a list what stands in it."""
+    for name in names:
+        if name == "-":
+            data, name = sys.stdin.buffer.read(), "stdin"
+        elif name.lower().endswith(".txt") and os.path.isfile(name):
+            data = Path(name).read_bytes()
+        else:
+            yield name
+            continue
+        try:
+            lines = data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: a list is UTF-8 text with one path a line; {error}") from error
+        yield from (os.path.expanduser(line.strip()) for line in lines if line.strip())
+
+
 def is_video(path: Path) -> bool:
     """Whether a file is taken for a video, by its suffix."""
     return path.suffix.lower() in VIDEOS
+
+
+def spelled(path: Path | str) -> str:
+    """A path in one line that every terminal takes, whatever letters are in it."""
+    return str(path).encode(errors="backslashreplace").decode().replace("\n", "\\n")
 
 
 def name_outputs(roots: dict[Path, Path]) -> dict[Path, PurePath]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from errno import ENOSPC
 from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePath
@@ -32,9 +33,19 @@ from depthany.inference.memory import require_memory
 from depthany.inference.predictor import Predictor
 from depthany.inference.rendering import paint, side_by_side
 from depthany.inference.tiles import predict_tiled
-from depthany.inference.video import VideoFile, write_stack, write_video
+from depthany.inference.video import Frame, VideoFile, write_stack, write_video
 from depthany.runs.find import find_device, find_weights, load_model
-from depthany.runs.inputs import FRAMES, PICTURE, SAVES, VIDEO, find_inputs, is_video, name_outputs, overwritten
+from depthany.runs.inputs import (
+    FRAMES,
+    PICTURE,
+    SAVES,
+    VIDEO,
+    find_inputs,
+    is_video,
+    name_outputs,
+    overwritten,
+    spelled,
+)
 
 GAP_PX = 50  # white bar between photo and map, as the official run.py
 GPU_BATCH = 8
@@ -208,7 +219,7 @@ class PredictJob:
         waiting: dict[tuple[int, ...], list[_Item]] = {}
         for item in items:
             for note in item.notes:
-                self.say(f"{item.path}: {note}")
+                self.say(f"{spelled(item.path)}: {note}")
             if item.problem is None and item.input is not None:
                 group = waiting.setdefault(item.input.shape, [])
                 group.append(item)
@@ -289,23 +300,27 @@ class PredictJob:
             video = VideoFile(item.path)
             every = max(1, video.count // RANGE_FRAMES)
             values: list[np.ndarray] = []
+            for name in ("tiles", "confidence"):
+                if getattr(self.plan, name):
+                    self.say(f"{spelled(item.path)}: --{name} is for photos; its frames are taken without")
             self.watch(f"{item.path.name}: range")
             for frame, depth in self._maps(islice(video.frames(), 0, None, every)):
-                if not values and (note := self._shape(*frame.shape[:2])[1]):
-                    self.say(f"{item.path}: {note}")
+                if not values and (note := self._shape(*frame.pixels.shape[:2])[1]):
+                    self.say(f"{spelled(item.path)}: {note}")
                 known = depth.values[depth.valid]
                 values.append(known[:: max(1, known.size // RANGE_VALUES)])
             low, high = np.percentile(np.concatenate(values), RANGE) if any(v.size for v in values) else (0.0, 0.0)
             item.target.parent.mkdir(parents=True, exist_ok=True)
             with ExitStack() as files:
-                add = files.enter_context(write_video(Path(f"{item.target}{VIDEO}"), video.rate))
+                add = files.enter_context(write_video(Path(f"{item.target}{VIDEO}"), video.rate, sound_of=video))
                 if "npz" in self.plan.save:
                     keep = files.enter_context(write_stack(Path(f"{item.target}{SAVES['npz']}"), video.rate))
                 for number, (frame, depth) in enumerate(self._maps(video.frames())):
                     self.watch(f"{item.path.name}: {number} of {video.count} frames")
-                    add(self._picture(frame, depth, float(low), float(high)))
+                    picture = self._picture(frame.pixels, depth, float(low), float(high))
+                    add(frame._replace(pixels=picture))
                     if "npz" in self.plan.save:
-                        keep(depth)
+                        keep(depth, frame.time_s)
                     self._save_frame(Path(f"{item.target}{FRAMES}"), number, depth)
         except torch.OutOfMemoryError as error:
             return self._too_much(error)
@@ -320,12 +335,12 @@ class PredictJob:
                 folder.mkdir(exist_ok=True)
                 depth.save(folder / f"{number:06d}{SAVES[kind].format(space=space)}")
 
-    def _maps(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, DepthMap]]:
+    def _maps(self, frames: Iterable[Frame]) -> Iterator[tuple[Frame, DepthMap]]:
         frames = iter(frames)
         while batch := list(islice(frames, self.batch_size)):
-            height, width = batch[0].shape[:2]
+            height, width = batch[0].pixels.shape[:2]
             shape, _ = self._shape(height, width)
-            inputs = [self.predictor.resized(frame, shape, antialias=self.plan.antialias) for frame in batch]
+            inputs = [self.predictor.resized(frame.pixels, shape, antialias=self.plan.antialias) for frame in batch]
             self._require(len(batch), *shape)
             yield from zip(batch, self.predictor.predict_batch(inputs, [(height, width)] * len(batch)), strict=True)
 
@@ -365,8 +380,8 @@ def predict(flags: Namespace) -> int:
                 if problem is None:
                     written += 1
                 else:
-                    skipped.append(path.name)
-                    console.print(f"skipped {path}: {problem}")
+                    skipped.append(spelled(path.name))
+                    console.print(f"skipped {spelled(path)}: {problem}")
                 progress.advance(task)
                 if not console.is_terminal and time.monotonic() > tell:
                     console.print(f"{written + len(skipped)} of {len(outputs)}")
@@ -374,7 +389,8 @@ def predict(flags: Namespace) -> int:
     except OSError as error:
         failed = True
         where = error.filename or flags.outdir
-        console.print(f"error: {where}: {error.strerror or error}; make it writable, or change --outdir")
+        way_out = "make room" if error.errno == ENOSPC else "make it writable"
+        console.print(f"error: {where}: {error.strerror or error}; {way_out}, or change --outdir")
     names = f" ({', '.join(skipped)})" if skipped else ""
     print(f"{written} written to {flags.outdir}, {len(skipped)} skipped{names}")
     return 0 if written and not failed else 1

@@ -83,10 +83,12 @@ def test_onnx_at_other_sizes_and_with_pictures(tiny: DepthModel, tmp_path: Path)
         assert_same(torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), tiny, image)
 
     proto = onnx.load(tmp_path / "m.onnx")  # as write_onnx does with pictures=84, without exporting twice
-    _take_pictures(proto, size=84, patch=14, output="disparity")
+    _take_pictures(proto, size=84, patch=14, max_pixels=30_000, output="disparity")
     session = onnxruntime.InferenceSession(proto.SerializeToString())
-    predictor = Predictor(model=tiny, device="cpu", precision="fp32")
-    for height, width in ((200, 300), (250, 100), (84, 84), (60, 95)):  # ties, both orientations, growing
+    predictor = Predictor(model=tiny, device="cpu", precision="fp32", max_pixels=30_000)
+    sides = ((200, 300), (250, 100), (84, 84), (60, 95))  # ties, both orientations, growing
+    strips = ((20, 500), (300, 20), (2, 900))  # above the budget; the last with a side of one patch
+    for height, width in (*sides, *strips):
         rows, columns = np.mgrid[:height, :width]
         waves = np.stack([np.sin(rows / 9), np.cos(columns / 7), np.sin((rows + columns) / 11)], axis=-1)
         picture = (127 + 120 * waves).astype(np.uint8)

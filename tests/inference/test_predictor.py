@@ -1,8 +1,11 @@
 """A real small model on photos of any shape."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -159,22 +162,63 @@ def test_the_confidence_is_the_agreement_with_the_mirrored_photo(predictor: Pred
     assert (depth.values == predictor.predict(image).values).all() and predictor.predict(image).confidence is None
 
 
+def test_grey_arrays_are_repeated_alpha_is_dropped_and_memory_order_says_nothing(predictor: Predictor) -> None:
+    image = photo(56, 56)  # the network's own size: nothing is resized
+    grey, alpha = image[..., 0], np.dstack([image, image[..., 0]])
+    expected = predictor.predict(image).values
+    for same in (alpha, np.asfortranarray(image), image[::-1][::-1]):
+        assert (predictor.predict(same).values == expected).all()
+    assert (predictor.predict(grey).values == predictor.predict(np.dstack([grey] * 3)).values).all()
+    assert (predictor.predict(grey[..., None]).values == predictor.predict(grey).values).all()
+
+
 @pytest.mark.parametrize(
-    "image",
+    ("image", "way_out"),
     [
-        np.zeros((4, 4), np.uint8),
-        np.zeros((4, 4, 4), np.uint8),
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((0, 4, 3), np.uint8),
+        (np.zeros((4, 4, 3), np.float32), r"\(255 \* image\)"),
+        (np.zeros((4, 4), np.uint16), "image >> 8"),
+        (np.zeros((3, 40, 60), np.uint8), "transpose"),
+        (np.zeros((0, 4, 3), np.uint8), r"not ndarray \(0, 4, 3\) uint8"),
+        (torch.zeros(3, 4, 4), r"not Tensor \(3, 4, 4\) torch.float32; .* permute|numpy"),
+        (None, "not NoneType"),
     ],
 )
-def test_what_is_not_a_photo_is_refused(predictor: Predictor, image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="uint8"):
-        predictor.predict(image, input_size=None)
+def test_what_is_not_a_photo_is_refused_with_a_way_out(predictor: Predictor, image: Any, way_out: str) -> None:
+    with pytest.raises(ValueError, match=way_out) as error:
+        predictor.predict(image)
+    assert "uint8" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_it_runs_in_the_dtype_it_is_brought_to(
+    model: DepthModel, predictor: Predictor, precision: Any, dtype: torch.dtype
+) -> None:
+    other = Predictor(model=copy.deepcopy(model), device="cpu", precision=precision).to(dtype)
+    values, expected = (each.predict(photo(40, 60)).values for each in (other, predictor))
+    assert values.dtype == np.float32 and np.abs(values - expected).max() < 0.01 * expected.max()
+
+
+def test_a_copy_a_pickle_and_loaded_weights_predict_the_same(predictor: Predictor) -> None:
+    expected = predictor.predict(photo(40, 60)).values
+    fresh = Predictor(model=tiny_model(), device="cpu", precision="fp32")
+    assert (fresh.predict(photo(40, 60)).values != expected).any()
+    fresh.load_state_dict(predictor.state_dict())
+    for same in (fresh, copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        assert (same.predict(photo(40, 60)).values == expected).all()
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(3, 56, 56), torch.zeros(1, 1, 56, 56), torch.zeros(1, 3, 56, 56).byte()]
+)
+def test_the_network_takes_normalised_images_alone(predictor: Predictor, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"images \(B, 3, H, W\), not Tensor \(.*predict\(\) takes photos"):
+        predictor(images)
 
 
 def test_bad_knobs_are_named(model: DepthModel, predictor: Predictor) -> None:
-    with pytest.raises(ValueError, match="--input-size"):
-        predictor.predict(photo(4, 4), input_size=0)
+    for size in (0, -8, "56", 56.0, True, (56, 56)):
+        with pytest.raises(ValueError, match="--input-size"):
+            predictor.predict(photo(4, 4), input_size=size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision"):
         Predictor(model=model, device="cpu", precision="fp16")  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ def test_metric_weights_are_for_use_and_teach_nothing(official: Path) -> None:
         lambda: open_weights(metric, relative=True),
         lambda: open_model(str(metric), metric.parent, device="cpu", stage="teacher"),
     ):
-        with pytest.raises(ConfigError, match=r"metric model \(metres up to 20\).*take the relative model"):
+        with pytest.raises(ConfigError, match=r"metric model \(its maps are metres\).*take the relative model"):
             refuse()
 
 
@@ -246,6 +246,29 @@ def test_models_of_the_hub_are_fetched_once(tmp_path: Path, monkeypatch: pytest.
     assert sorted(handler.fetched) == ["config.json", "model.safetensors"]
     again = depthany.load_model("acme/small")
     assert weights_hash(again.model) == weights_hash(first.model) == weights_hash(load_weights(tmp_path / "there")[0])
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its own retries take half a minute, and a machine without a network has none to wait for."""
+    asked: list[str] = []
+
+    class Busy(Hub):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        with pytest.raises(ConfigError, match=r"503.*hf download acme/small"):
+            find_weights("acme/small", tmp_path, stage=None)
+        server.shutdown()
+    assert len(asked) == 1 and "acme/small is not in the hub's cache: asking http" in capsys.readouterr().err
 
 
 def test_importing_depthany_imports_nothing() -> None:

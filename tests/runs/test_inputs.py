@@ -1,6 +1,7 @@
 """What a user may name, and that no two outputs share a name."""
 
 import os
+from io import BytesIO, TextIOWrapper
 from pathlib import Path, PurePath
 
 import pytest
@@ -24,7 +25,7 @@ def touch(path: Path) -> Path:
     return path
 
 
-def test_inputs_of_every_form(photos: Path, tmp_path: Path) -> None:
+def test_inputs_of_every_form(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     folder = find_inputs([str(photos)], out)
     assert sorted(p.name for p in folder) == ["a.jpg", "a.jpg", "a.mp4", "a.png", "broken.jpg"]
@@ -37,6 +38,13 @@ def test_inputs_of_every_form(photos: Path, tmp_path: Path) -> None:
     assert len(find_inputs([str(photos), str(listing), str(photos / "a.jpg")], out)) == 5
     odd = touch(tmp_path / "odd [1].png")
     assert list(find_inputs([str(odd)], out)) == [odd]
+    listing.write_text(f"{photos}/deep\n{photos}/*.png\n~/gone.png\n")  # in a list as on the command line
+    named = [str(photos / "deep"), str(photos / "*.png"), os.path.expanduser("~/gone.png")]
+    assert find_inputs([str(listing)], out) == find_inputs(named, out)
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(listing.read_bytes())))
+    assert find_inputs(["-"], out) == find_inputs(named, out)
+    (photos / "link.jpg").symlink_to("nowhere")
+    assert photos / "link.jpg" in find_inputs([str(photos)], out)  # so that it is told
 
 
 def test_earlier_output_inside_the_folder_is_no_input(photos: Path) -> None:

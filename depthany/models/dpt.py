@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from depthany.models.onednn import fast_inference
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "softplus": F.softplus,
@@ -80,6 +82,7 @@ class DPTHead(nn.Module):
                 last.bias.fill_(0.1)
         self.scratch["output_conv2"] = nn.Sequential(nn.Conv2d(features // 2, hidden, 3, padding=1), nn.ReLU(), last)
 
+    @fast_inference
     def forward(self, taps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Disparity, affine-invariant, >= 0, larger is nearer; with sigmoid depth in [0, 1], larger is farther.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from depthany.models.layouts import find_encoder, read_plain, weight_file
+from depthany.models.onednn import fast_inference
 
 # What `arguments` may set. Weight files carry them, so none may name a file, an address or a class.
 ARGUMENTS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"}
@@ -103,6 +104,7 @@ class Encoder(nn.Module):
         """Side of a patch in pixels."""
         return self.patch_embed.patch_size[0]
 
+    @fast_inference
     def forward(self, image: Tensor) -> list[Tensor]:
         """Normed maps of the tapped blocks; the last one is the final feature map.
 

@@ -11,11 +11,13 @@ from depthany.geometry.resize import (
     fit_size,
     lower_bound_size,
     network_input,
+    normalised,
     resize_image,
     resize_label,
 )
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
+from depthany.types import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,18 @@ def test_the_network_input_is_the_predictors():
                 predictor.network_input(image, input_size=size)
         else:
             assert np.array_equal(network_input(image, **given), predictor.network_input(image, input_size=size))
+
+
+@pytest.mark.parametrize("shape", [(480, 640), (1500, 2000), (90, 61), (252, 336)])
+def test_the_input_is_the_official_one(shape):
+    """transform.py computes in float64; what OpenCV does elsewhere in the process stays as it was."""
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    used = cv2.ipp.useIPP()
+    official = cv2.resize(image / 255.0, (336, 252), interpolation=cv2.INTER_CUBIC)
+    official = (official - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    made = normalised(image, (252, 336), antialias=False)
+    assert made.dtype == np.float32 and np.abs(made - official).max() <= 2e-6
+    assert cv2.ipp.useIPP() == used
 
 
 @pytest.mark.parametrize(

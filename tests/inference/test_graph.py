@@ -1,7 +1,6 @@
 """Graphs for other runtimes: the model's arithmetic at sizes that were not traced."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +12,19 @@ from torch.testing import assert_close
 from depthany.inference.graph import GraphModel, _take_pictures, resampling, write_onnx, write_torchscript
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
-from depthany.models.layouts import Taps, describe, to_ours
-from tests.layouts import TINY, official_state
+from depthany.models.layouts import Taps, describe, find_copy, to_ours
+from tests.layouts import TINY, official_state, zoedepth_state
 
 STORED = 37
 
 
 @pytest.fixture(scope="module")
 def tiny() -> DepthModel:
-    return build(Taps([0, 1, 2, 3], 3), TINY)
+    return build(Taps([0, 1, 2, 3], 3), official_state(**TINY))
 
 
-def build(told: Taps | None, size: dict[str, Any]) -> DepthModel:
-    state, _ = to_ours(official_state(**size))
+def build(told: Taps, official: dict[str, Tensor]) -> DepthModel:
+    state, _ = to_ours(official)
     model = DepthModel(pretrained=False, **describe(state, told=told, version="V2", source="x"))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
@@ -99,10 +98,11 @@ def test_onnx_at_other_sizes_and_with_pictures(tiny: DepthModel, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_bins_of_v1_at_other_sizes(tiny: DepthModel, tmp_path: Path) -> None:
+def test_the_bins_of_v1_at_other_sizes(tmp_path: Path) -> None:
     """As above, but for what low temperatures multiply."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs depthany[export]")
-    model = DepthModel(**tiny.config() | {"metric_head": "zoedepth"}).eval().requires_grad_(False)
+    copy = find_copy({"model": zoedepth_state(official_state(**TINY))}, source="x")
+    model = build(Taps([0, 1, 2, 3], 3), copy.state)
     write_onnx(model, tmp_path / "m.onnx", pictures=None)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     assert [output.name for output in session.get_outputs()] == ["depth"]

@@ -125,8 +125,9 @@ def export(
     except ValueError as error:
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     files = [out] if out.is_file() else sorted(out.iterdir())
-    files += [path for path in [out.with_name(f"{out.name}.data")] if path.is_file()]
-    yield f"{out}: {form}, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+    more = [path for path in [out.with_name(f"{out.name}.data")] if path.is_file() and form == "onnx"]
+    files += more
+    yield f"{out}{''.join(f' with {path.name}, which it needs beside it' for path in more)}: {form}, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
 
 
 def _check(form: Format, out: Path, size: int | None, processing: str) -> None:

@@ -96,8 +96,9 @@ def test_options_that_do_not_fit(given: Path, tmp_path: Path, options: dict[str,
 
 
 @pytest.mark.slow
-def test_every_format_on_a_photo(given: Path, tmp_path: Path) -> None:
-    """A tiny metric model through hf, which transformers opens, torchscript, and onnx with pictures."""
+def test_every_format_on_a_photo(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny metric model through hf, which transformers opens, torchscript, and onnx with pictures and weights apart."""
+    monkeypatch.setattr("depthany.inference.graph.PROTOBUF_LIMIT", 0)
     pixels = torch.randint(0, 255, (12, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     photo = tmp_path / "photo.png"
     cv2.imwrite(str(photo), cv2.resize(pixels, (160, 120), interpolation=cv2.INTER_CUBIC))
@@ -105,7 +106,7 @@ def test_every_format_on_a_photo(given: Path, tmp_path: Path) -> None:
         lines = run(given / "hf", tmp_path / name, form=form, photo=photo)
         assert "photo.png" in lines[0] and sum("largest difference" in line for line in lines) == 2, lines
     lines = run(given / "hf", tmp_path / "p.onnx", form="onnx", photo=photo, processing="inside")
-    assert "picture of 160 x 120" in lines[1]
+    assert "picture of 160 x 120" in lines[1] and "with p.onnx.data, which it needs beside it: onnx" in lines[-1]
     before, after = (load_file(folder / "hf" / "model.safetensors") for folder in (given, tmp_path))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert load_weights(tmp_path / "hf")[0].config() == load_weights(given / "hf")[0].config()

@@ -29,6 +29,8 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("checkpoint: name one, not a list")
     runs = Path(cfg.paths.runs)
     if cfg.format in ("info", "json"):
+        if given := [f"{name}={cfg[name]}" for name in ("out", "photo", "size") if cfg[name] is not None]:
+            raise ConfigError(f"format={cfg.format} prints and writes nothing: leave out {', '.join(given)}")
         info = checkpoint_info(cfg.checkpoint, runs)
         print(json.dumps(info, indent=1) if cfg.format == "json" else table(info))
         return

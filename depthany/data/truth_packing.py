@@ -4,12 +4,16 @@ Samples whose files arrive later, while a set is still being downloaded, become 
 that could not be used, and those that were packed, once their files are others than they were: the latest counts.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import compress
 from pathlib import Path
@@ -157,7 +161,10 @@ class TruthPacking(Preparation):
             return False
         root, noted = self.source.root, self._checksums
         was = packed.digests()
-        return any((noted.get(path) or _sha256(root / path, *_stat(root / path))) != was[path] for path in was)
+        try:
+            return any((noted.get(path) or _sha256(root / path, *_stat(root / path))) != was[path] for path in was)
+        except OSError:  # it cannot be read now: what is packed stays
+            return False
 
     def unused(self, surveys: Mapping[Path, Survey]) -> Iterator[tuple[Path, Dropped]]:
         """Samples that were packed again in a later shard."""
@@ -199,7 +206,11 @@ class TruthPacking(Preparation):
         origins: list[tuple[str, int, Item]] = []
         samples = self._samples(items_at(self.out / PLAN, line), skipped, origins, mine)
         facts: dict[str, Any] = {"source": self._origin, "factor": self._factor, "unused": []}
-        return write_shard(tar, samples, facts=facts | {"skipped": skipped, "origins": origins})
+        began_ns = time.time_ns()
+        images = write_shard(tar, samples, facts=facts | {"skipped": skipped, "origins": origins})
+        with suppress(OSError):  # not every network disk can
+            os.utime(tar, ns=(began_ns, began_ns))  # so that a file which was written meanwhile is newer
+        return images
 
     def _samples(
         self, keys: Sequence[Item], skipped: list[Any], origins: list[Any], mine: Claim
@@ -214,6 +225,9 @@ class TruthPacking(Preparation):
             stats = self._stats(row)
             try:
                 sample = self._sample(self._places[key], row)
+                if (now := self._stats(row)) != stats:  # what was read need not be what was hashed
+                    moved = next(path for path, *two in zip(row.files, stats, now, strict=True) if two[0] != two[1])
+                    raise OSError(errno.EBUSY, "it was written meanwhile", moved)
             except (ValueError, OSError) as error:
                 skipped.append((key, _reason(error)))
                 stamp = UNREADABLE if isinstance(error, OSError) else self._stamp(row, stats)

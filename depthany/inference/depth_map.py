@@ -40,6 +40,11 @@ class DepthMap:
         if self.space not in get_args(Space):
             raise ValueError(f"space is {', '.join(get_args(Space))}, not {self.space!r}")
 
+    def __repr__(self) -> str:
+        low, high = self.value_range()
+        height, width = self.values.shape
+        return f"DepthMap({height} x {width}, {self.space}, {low:.4g} to {high:.4g}, {self.valid.mean():.1%} valid)"
+
     @property
     def near_is_large(self) -> bool:
         """Whether larger values are nearer."""

@@ -134,17 +134,21 @@ class Predictor(nn.Module):
         return normalised(image, (h, w), antialias=antialias)
 
     def resized(self, image: np.ndarray, shape: tuple[int, int], *, antialias: bool) -> np.ndarray:
-        """A photo (H, W, 3) uint8 as the network wants it, (h, w, 3) float32: resized by the rule of the weights.
+        """A photo as the network wants it, (h, w, 3) float32: resized by the rule of the weights.
 
         Args:
-            image: upright RGB.
+            image: An array, as for `predict`.
             shape: (h, w), from `input_shape`.
             antialias: As in `network_input`.
+
+        Raises:
+            ValueError: Not such an image.
         """
+        image = _rgb(image)
         if shape != self.model.input_shape or antialias:
             return normalised(image, shape, antialias=antialias)
         # PrepForMidas in metric_depth/zoedepth/models/base_models/depth_anything.py of Depth Anything V1.
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
         pixels = interpolate(pixels, shape, mode="bilinear", align_corners=True)[0].permute(1, 2, 0)
         made: np.ndarray = ((pixels - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).numpy()
         return made

@@ -35,7 +35,7 @@ def predict_tiled(
 
     Args:
         predictor: the model.
-        image: (H, W, 3) uint8 RGB, upright.
+        image: an array, as for `Predictor.predict`.
         input_size: short side of the network inputs in pixels; None: the size the model was trained at.
         tile: side of a tile in pixels of the photo; with `input_size` pixels the network sees them one to one.
         overlap: smallest share of a tile that the next one covers too, 0 to 0.9.
@@ -60,7 +60,7 @@ def predict_tiled(
     for top in _starts(height, h, overlap):
         for left in _starts(width, w, overlap):
             part = slice(top, top + h), slice(left, left + w)
-            pixels = predictor.resized(np.ascontiguousarray(image[part]), shape, antialias=antialias)
+            pixels = predictor.resized(image[part], shape, antialias=antialias)
             seen = predictor.predict_batch([pixels], [(h, w)])[0]
             values = torch.from_numpy(np.where(seen.valid, seen.values, np.nan))
             total[part] += weight * _aligned(values, base[part])

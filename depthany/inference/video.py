@@ -158,13 +158,19 @@ def write_video(path: Path, rate: Fraction, *, sound_of: VideoFile | None = None
 @contextmanager
 def _sound(video: VideoFile, target: Any) -> Iterator[Iterator[tuple[Fraction, list[Any]]]]:
     """The sound of a video as packets for another one, with the time of each; nothing where it has none."""
+    import av
+
     with video.open() as source:
         streams = [stream for stream in source.streams.audio if stream.codec_context is not None]
         if not streams:
             yield iter(())
             return
         heard, copied = streams[0], streams[0].codec_context.codec.canonical_name in SOUND
-        written = target.add_stream_from_template(heard) if copied else target.add_stream("aac", rate=heard.rate)
+        if copied:
+            written = target.add_stream_from_template(heard)
+        else:  # AAC has few rates: others are resampled
+            known = heard.rate in (av.Codec("aac", "w").audio_rates or ())
+            written = target.add_stream("aac", rate=heard.rate if known else 48_000)
 
         def packets() -> Iterator[tuple[Fraction, list[Any]]]:
             time_s = Fraction(0)

@@ -9,6 +9,7 @@ Legend: B batch, H heads, N tokens, D channels of a head.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,7 +34,7 @@ def fast_inference(forward: Forward) -> Forward:
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         exported = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
-        cpu = next(self.parameters()).device.type == "cpu"
+        cpu = any(weight.device.type == "cpu" for weight in islice(self.parameters(), 1))  # replicas have no weights
         if not (HELPS and cpu) or torch.is_grad_enabled() or exported:
             return forward(self, *args, **kwargs)
         with OneDNN():

@@ -64,7 +64,7 @@ def save_weights(model: DepthModel, path: str | Path, *, metadata: Mapping[str, 
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata={**metadata, CONFIG_KEY: json.dumps(model.config())})
+        write_safetensors(state, temporary, metadata={**metadata, CONFIG_KEY: json.dumps(model.config())})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -73,6 +73,14 @@ def save_weights(model: DepthModel, path: str | Path, *, metadata: Mapping[str, 
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+    """A .safetensors file with the mode of the umask; the library alone makes it its owner's."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(state), path, metadata=dict(metadata))
+    path.chmod(mode)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

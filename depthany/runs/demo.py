@@ -86,12 +86,13 @@ def build(predictor: Predictor, *, name: str, folder: Path) -> "gr.Blocks":
             return None, "No photo yet.", nothing, nothing
         try:
             photo = read_image(Path(path).read_bytes())
-            shape = predictor.input_shape(*photo.shape[:2], input_size=size)
+            asked = None if size == predictor.input_size else size  # as predict without --input-size
+            shape = predictor.input_shape(*photo.shape[:2], input_size=asked)
             if size > predictor.input_size:  # the model's own size is taken to fit: telling takes a moment
                 height, width = shape
                 require_memory(predictor.model, batch=1, height=height, width=width, precision=predictor.precision)
             started = time.perf_counter()
-            depth = predictor.predict(photo, input_size=size)
+            depth = predictor.predict(photo, input_size=asked)
             seconds = time.perf_counter() - started
         except (ValueError, OSError) as error:  # a DecodeError is a ValueError
             return None, f"⚠ **{Path(path).name}**: {error}", nothing, nothing
@@ -163,6 +164,17 @@ def serve(predictor: Predictor, *, name: str, host: str, port: int, share: bool)
         sans = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
         theme = gr.themes.Soft(primary_hue="indigo", font=sans, font_mono=("ui-monospace", "monospace"))
         try:
-            page.launch(server_name=host, server_port=port, share=share, theme=theme, css=STYLE, ssr_mode=False)
+            _, local, public = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                theme=theme,
+                css=STYLE,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+            print(f"page: {public or local} (Ctrl-C ends it)", flush=True)
+            page.block_thread()
         except OSError as error:
             raise ConfigError(f"--port {port} of --host {host} is taken or not to be had: name another") from error

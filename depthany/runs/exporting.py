@@ -1,5 +1,6 @@
 """Exports: a model written in a format of others, read back, and compared with what it was on a photo."""
 
+import copy
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from depthany.config.check import ConfigError
@@ -23,7 +23,7 @@ from depthany.inference.graph import write_onnx, write_torchscript
 from depthany.inference.predictor import Predictor
 from depthany.models.depth_model import DepthModel
 from depthany.models.layouts import UNUSED, find_copy, from_hugging_face, is_hugging_face, read_plain, version_in_name
-from depthany.models.weights import CONFIG_KEY, load_weights, save_weights, weights_hash
+from depthany.models.weights import CONFIG_KEY, load_weights, save_weights, weights_hash, write_safetensors
 from depthany.models.writers import heads, official_name, preprocessor_config, to_hugging_face, to_official
 from depthany.runs.find import find_weights, open_weights
 
@@ -31,7 +31,7 @@ Format = Literal["official", "hf", "safetensors", "onnx", "torchscript"]
 SUFFIXES = {"official": (".pth", ".pt"), "safetensors": (".safetensors",), "onnx": (".onnx",), "torchscript": (".pt",)}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # format: packages of the extra `export`
 BOUND = 1e-4  # of the standard deviation of the output, where arithmetic is another's; the same weights give 0
-BINS_BOUND = 1e-3  # likewise of V1's metric models: their bins divide what is rounded by temperatures down to 0.02
+BINS_ROUNDING = 10  # times what float32 itself loses: V1's bins divide what is rounded by temperatures down to 0.02
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 READING = (
     "layout",
@@ -53,7 +53,7 @@ class Check(NamedTuple):
     largest: float  # difference, in the output's unit
     spread: float  # standard deviation of the output before
     bound: float  # of largest / spread
-    rounding: float  # what float32 may lose on an output that hardly varies, in its unit
+    rounding: float  # what float32 may lose, of an output that hardly varies or of V1's bins, in its unit
 
     @property
     def holds(self) -> bool:
@@ -105,6 +105,11 @@ def export(
     model, said = open_weights(source)
     model.eval()
     stored = DTYPES.get(said["precision"], torch.float32)
+    if processing == "inside" and size is None and model.input_shape:
+        raise ConfigError(
+            "processing=inside keeps the shape of a picture, and these weights want every picture as "
+            f"{model.input_shape[1]} x {model.input_shape[0]}: take processing=none, or say size={model.input_size}"
+        )
     size = size or model.input_size
     try:
         with _beside(out) as draft:
@@ -126,8 +131,8 @@ def export(
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     files = [out] if out.is_file() else sorted(out.iterdir())
     more = [path for path in [out.with_name(f"{out.name}.data")] if path.is_file() and form == "onnx"]
-    files += more
-    yield f"{out}{''.join(f' with {path.name}, which it needs beside it' for path in more)}: {form}, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB"
+    beside = "".join(f" with {path.name}, which it needs beside it" for path in more)
+    yield f"{out}{beside}: {form}, {sum(path.stat().st_size for path in files + more) / 1e6:.1f} MB"
 
 
 def _check(form: Format, out: Path, size: int | None, processing: str) -> None:
@@ -193,8 +198,7 @@ def _write_weights(model: DepthModel, source: Path, said: Mapping[str, str], *, 
         return torch.save(to_official(model, unused=unused), out)
     state, config = to_hugging_face(model, unused=unused)
     out.mkdir()
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # written for its owner alone, and folders like this are shared
+    write_safetensors(state, out / "model.safetensors", metadata={"format": "pt"})
     for name, content in (("config", config), ("preprocessor_config", preprocessor_config(model))):
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return None
@@ -217,11 +221,14 @@ def _compare(
     if form in ("onnx", "torchscript"):
         run = _onnx(path) if form == "onnx" else _torchscript(path)
         reader = "ONNX Runtime" if form == "onnx" else "TorchScript"
-        bound = BOUND if model.metric_head is None else BINS_BOUND
         for side, count in ((size, 1), (max(size // 2 // patch, 1) * patch, 2)):  # neither is the size of the example
             image = _image(picture, side, patch)
             images = torch.cat([image, image.flip(-1)])[:count]
-            yield _check_output(f"{reader} {_sides(images)}", run(images), _output(model, images), bound=bound)
+            output, lost = _output(model, images), 0.0
+            if model.metric_head is not None:
+                exact = _output(copy.deepcopy(model).double(), images.double())
+                lost = BINS_ROUNDING * (output - exact).abs().max().item()
+            yield _check_output(f"{reader} {_sides(images)}", run(images), output, bound=BOUND, lost=lost)
         return
     back, _ = load_weights(path)
     before, after = (_unweighted(each) for each in (model, back))
@@ -274,11 +281,11 @@ def _sides(image: Tensor) -> str:
     return f"{count} x {height} x {width}"
 
 
-def _check_output(reader: str, after: Tensor, before: Tensor, *, bound: float) -> Check:
+def _check_output(reader: str, after: Tensor, before: Tensor, *, bound: float, lost: float = 0.0) -> Check:
     if after.shape != before.shape:
         raise Different(f"{reader}: gives {tuple(after.shape)} instead of {tuple(before.shape)}")
     spread = before.std().item()
-    rounding = 1e-6 * before.abs().max().item() if bound else 0.0
+    rounding = max(lost, 1e-6 * before.abs().max().item()) if bound else 0.0
     return Check(reader, (after - before).abs().max().item(), spread if np.isfinite(spread) else 0.0, bound, rounding)
 
 

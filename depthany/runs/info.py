@@ -201,7 +201,7 @@ def table(info: Info) -> str:
             for row in values:
                 commercial = {"True": "yes", "False": "no"}.get(str(row.get("commercial")), row.get("commercial"))
                 words = [row.get("title"), row.get("licence"), commercial and f"commercial use: {commercial}"]
-                lines.append(f"  {row['part']:<24}{row['set']}: {', '.join(str(word) for word in words if word)}")
+                lines.append(f"  {row['part'] + ' ':<24}{row['set']}: {', '.join(str(word) for word in words if word)}")
             continue
         for name, value in values.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value

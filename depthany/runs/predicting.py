@@ -316,7 +316,7 @@ class PredictJob:
                 if "npz" in self.plan.save:
                     keep = files.enter_context(write_stack(Path(f"{item.target}{SAVES['npz']}"), video.rate))
                 for number, (frame, depth) in enumerate(self._maps(video.frames())):
-                    self.watch(f"{item.path.name}: {number} of {video.count} frames")
+                    self.watch(f"{item.path.name}: {number + 1} of {video.count} frames")
                     picture = self._picture(frame.pixels, depth, float(low), float(high))
                     add(frame._replace(pixels=picture))
                     if "npz" in self.plan.save:

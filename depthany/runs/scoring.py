@@ -187,7 +187,7 @@ def print_table(rows: Sequence[Row]) -> None:
     detail = "edge_f1" in rows[0]
     shown = {key: column for key, column in COLUMNS.items() if key in rows[0]}
     table = Table(title="affine-invariant depth: AbsRel (lower is better), delta1 (higher is better)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     if detail:
         table.add_column("input", justify="right")
     for source in sources:

@@ -89,6 +89,12 @@ class Stage:
         if not record.get("finished") or self.cfg.resume == "never":  # then only rank 0 has moved the old one away
             return False
         self.say(f"{self.run_dir} was finished on {record['finished']}; to run it again: resume=never, or another seed")
+        file = self.run_dir / "config.yaml"
+        was = _roots(plain(OmegaConf.load(file))) if file.is_file() else {}  # type: ignore[arg-type]  # it holds a mapping
+        now = _roots(plain(self.cfg))
+        for path in [path for path in now if path in was and was[path] != now[path]]:
+            more = "hydra.run.dir=runs/NAME gives other data a run of their own"
+            self.say(f"that run had {path}={was[path]}, not {now[path]}: {more}")
         if self.main and record.get("table"):
             print_table(record["table"])
         return True
@@ -324,9 +330,10 @@ class Stage:
         self.stop.listen()
         self.began = time.monotonic()
         batch = self.plan.batch_size
+        again = f" ({self.mix.epochs} epochs)" if self.mix.epochs > 1 else ""
         self.say(
             f"{self.name}: {sum(p.numel() for p in self.task.model.parameters()) / 1e6:.2f} M parameters, "
-            f"{self.data.num_samples} images in batches of {batch}, {self.trainer.world_size} process(es)"
+            f"{self.data.num_samples} images{again} in batches of {batch}, {self.trainer.world_size} process(es)"
         )
         try:
             self.trainer.fit(self.task, self.data, ckpt_path=self.checkpoint, weights_only=True)
@@ -463,6 +470,13 @@ def _learnt(cfg: dict[str, Any]) -> dict[str, Any]:
     kept["trainer"] = {k: v for k, v in cfg["trainer"].items() if k not in FREE_IN_TRAINER}
     kept["callbacks"] = {"ema": (cfg["callbacks"] or {}).get("ema")}
     return kept
+
+
+def _roots(node: Any, path: str = "") -> dict[str, Any]:
+    """Every folder of data that a config names, by its option."""
+    if not isinstance(node, dict):
+        return {path: node} if path.endswith(".root") else {}
+    return {k: v for key in node for k, v in _roots(node[key], f"{path}.{key}" if path else str(key)).items()}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

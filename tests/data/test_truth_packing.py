@@ -242,6 +242,25 @@ def test_a_label_rewritten_at_its_size_is_packed_again_and_a_copied_one_is_not(t
     assert_equal(packed(out, "folder_pair"), raw(pair(root)))
 
 
+def test_labels_rewritten_while_they_are_packed_are_packed_again(tmp_path: Path, monkeypatch: Any) -> None:
+    root, out, read = tmp_path / "raw", tmp_path / "out", FolderPair.read
+    write_folder_pair(root)
+
+    def read_and_rewrite(source: FolderPair, index: int) -> Any:
+        sample = read(source, index)
+        for number in (0, 2) if index == 2 else ():  # one that is in the shard, and the one that was just read
+            np.save(root / f"depth/{number}.npy", scene_depth(*SHAPE, number=9).astype(np.float32))
+        return sample
+
+    monkeypatch.setattr(FolderPair, "read", read_and_rewrite)
+    assert packing(pair(root), out).run().dropped == {"unreadable": 1}
+    assert "depth/2.npy: it was written meanwhile; the next run" in (out / "dropped.csv").read_text()
+    monkeypatch.undo()
+    summary = packing(pair(root), out).run()
+    assert (summary.images, summary.dropped) == (4, {"replaced": 1})
+    assert_equal(packed(out, "folder_pair"), raw(pair(root)))
+
+
 def test_packing_notes_the_checksums_of_a_published_set_and_holds_to_them(tmp_path: Path) -> None:
     root, out = tmp_path / "raw", tmp_path / "out"
     write_irs(root)

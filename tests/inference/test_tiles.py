@@ -66,6 +66,15 @@ def test_an_exact_model_is_reproduced_exactly() -> None:
     assert error(made.values, image.mean(2) / 255) < 1e-4
 
 
+def test_tiles_take_a_photo_of_every_form_that_predict_takes() -> None:
+    image = scene()  # grey: its channels are alike
+    model = Predictor(model=tiny_model(), device="cpu", precision="fp32")
+    options = {"input_size": 56, "tile": 120, "overlap": 0.25}
+    expected = predict_tiled(model, image, **options).values
+    for same in (image[..., 0], np.dstack([image, image[..., 0]])):
+        assert (predict_tiled(model, same, **options).values == expected).all()
+
+
 @pytest.mark.parametrize("overlap", [0.1, 0.5])
 def test_tiles_bring_the_detail_that_the_whole_photo_loses(overlap: float) -> None:
     image, truth = scene(), scene().mean(2) / 255

@@ -13,11 +13,11 @@ RATE = 22_050  # of the sound
 TIMES = [Fraction(number, 25) for number in range(10)] + [Fraction(2, 5) + Fraction(number, 4) for number in range(6)]
 
 
-def make(path: Path, sound: str, *, early_s: int = 0) -> Path:
+def make(path: Path, sound: str, *, early_s: int = 0, rate: int = RATE) -> Path:
     """16 frames of 34 x 48 at uneven `TIMES`, from `early_s` on, and a tone of 3 s."""
     tick = Fraction(1, 1000)
     with av.open(str(path), "w") as container:
-        picture, tone = container.add_stream("libx264", rate=10), container.add_stream(sound, rate=RATE, layout="mono")
+        picture, tone = container.add_stream("libx264", rate=10), container.add_stream(sound, rate=rate, layout="mono")
         picture.height, picture.width, picture.pix_fmt = 34, 48, "yuv420p"
         picture.codec_context.time_base = tick
         for number, time_s in enumerate(TIMES):
@@ -25,10 +25,10 @@ def make(path: Path, sound: str, *, early_s: int = 0) -> Path:
             frame.pts, frame.time_base = round((time_s + early_s) / tick), tick
             container.mux(picture.encode(frame))
         container.mux(picture.encode())
-        for start in range(0, 3 * RATE, 1024):
+        for start in range(0, 3 * rate, 1024):
             wave = (8000 * np.sin(np.arange(start, start + 1024) / 8)).astype(np.int16)[None]
             samples = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-            samples.sample_rate, samples.pts, samples.time_base = RATE, start + early_s * RATE, Fraction(1, RATE)
+            samples.sample_rate, samples.pts, samples.time_base = rate, start + early_s * rate, Fraction(1, rate)
             container.mux(tone.encode(samples))
         container.mux(tone.encode())
     return path
@@ -63,6 +63,15 @@ def test_sound_and_the_time_of_each_frame_are_kept(
     with av.open(str(target)) as container:  # a player need not seek from one to the other
         kinds = "".join(packet.stream.type[0] for packet in container.demux())
     assert kinds.index("a") < kinds.rindex("v") and kinds.count("v") >= len(TIMES)
+
+
+@pytest.mark.parametrize("rate", [6_000, 192_000])
+def test_sound_of_a_rate_that_aac_has_not_is_resampled(tmp_path: Path, rate: int) -> None:
+    copy(make(tmp_path / "a.mkv", "pcm_s16le", rate=rate), tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        heard = [frame for frame in container.decode(audio=0)]
+    assert {frame.sample_rate for frame in heard} == {48_000}
+    assert 2.9 < sum(frame.samples for frame in heard) / 48_000 < 3.2
 
 
 def test_a_turned_video_is_written_upright_and_one_without_sound_stays_silent(tmp_path: Path) -> None:

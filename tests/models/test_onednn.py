@@ -1,5 +1,7 @@
 """Inference by oneDNN: the same numbers as torch's own kernels, and only where it may be used."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,15 @@ from depthany.models.depth_model import DepthModel
 
 pytestmark = pytest.mark.skipif(not onednn.HELPS, reason="no x86 processor with AVX-512: torch's own kernels are kept")
 EVA = {"encoder": "vit_small_patch16_dinov3", "pos_embed": "timm"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The more threads, the more tokens it takes until attention is oneDNN's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Calls(TorchDispatchMode):

@@ -46,6 +46,8 @@ def test_round_trip_is_exact(tmp_path: Path, tiny: dict[str, Any], dtype: torch.
     assert_close(loaded(image), model(image), atol=0, rtol=0)
     assert all(p.requires_grad for p in loaded.parameters())
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode  # for others to read, where the umask lets them
 
 
 def test_a_failed_save_leaves_the_old_file(

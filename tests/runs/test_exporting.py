@@ -13,7 +13,16 @@ from depthany.models.depth_model import DepthModel
 from depthany.models.weights import load_weights, read_metadata, save_weights
 from depthany.runs import exporting
 from depthany.runs.exporting import Check, Different, export
-from tests.layouts import SIZES, SMALL_HEAD, TINY, hugging_face_config, hugging_face_state, official_state, write_config
+from tests.layouts import (
+    SIZES,
+    SMALL_HEAD,
+    TINY,
+    hugging_face_config,
+    hugging_face_state,
+    official_state,
+    write_config,
+    zoedepth_state,
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +104,15 @@ def test_options_that_do_not_fit(given: Path, tmp_path: Path, options: dict[str,
         run(given / "hf", tmp_path / options.pop("out"), **options)
 
 
+def test_pictures_that_a_graph_would_not_stretch_are_told(tmp_path: Path) -> None:
+    torch.save({"model": zoedepth_state(official_state(**SMALL_HEAD | {"hidden": 32}))}, tmp_path / "x.pt")
+    with pytest.raises(ConfigError, match=r"every picture as 518 x 392: take processing=none, or say size=392"):
+        run(tmp_path / "x.pt", tmp_path / "x.onnx", form="onnx", size=None, processing="inside")
+
+
 @pytest.mark.slow
 def test_every_format_on_a_photo(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny metric model through hf, which transformers opens, torchscript, and onnx with pictures and weights apart."""
+    """A tiny metric model by hf, which transformers opens, torchscript, and onnx with pictures and weights apart."""
     monkeypatch.setattr("depthany.inference.graph.PROTOBUF_LIMIT", 0)
     pixels = torch.randint(0, 255, (12, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     photo = tmp_path / "photo.png"

@@ -267,7 +267,10 @@ def test_a_folder_belongs_to_one_config(zygote, smoke, shards, tmp_path):
     run = tmp_path / smoke.name
     shutil.copytree(smoke, run)
     command = ["stage=teacher", "debug=smoke", shards]
-    assert "was finished on" in call(zygote, "train", *command, runs=tmp_path)  # and ends well
+    output = call(zygote, "train", *command, runs=tmp_path)  # and ends well
+    assert "was finished on" in output and "that run had" not in output
+    output = call(zygote, "train", *command[:2], f"paths.shards={tmp_path / 'others'}", runs=tmp_path)
+    assert "was finished on" in output and f"not {tmp_path / 'others'}" in output
 
     here = f"hydra.run.dir={run}"
     output = call(zygote, "train", *command, here, "optim.head_lr=0.5", runs=tmp_path, code=2)

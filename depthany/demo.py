@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves the page until it is interrupted; returns 1 where it cannot start."""
+    """Serves the page until it is interrupted; returns 2 where it cannot start."""
     flags = parse(arguments)
     from depthany.config.check import ConfigError
     from depthany.runs.demo import serve
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the verb; returns 0 if anything was written and no writing failed, 130 if it was interrupted, else 1."""
+    """Runs the verb; 0 if anything was written and no writing failed, 2 for a bad option, 130 for Ctrl-C, else 1."""
     flags = parse(arguments)
     try:
         from depthany.runs.predicting import predict

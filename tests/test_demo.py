@@ -139,7 +139,7 @@ def test_a_photo_is_uploaded_seen_at_two_sizes_and_its_map_downloaded(
         assert page.get_by_role("button", name="NPY").is_disabled()
         assert asked and not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
 
-        assert taken.wait(60) == [1], taken.output()
+        assert taken.wait(60) == [2], taken.output()
         assert "name another" in taken.output()
         group.kill(15, ranks=[0])
         assert group.wait(20) == [0], group.output()

@@ -254,7 +254,7 @@ def test_nothing_written_is_an_error(weights: Path, tmp_path: Path, capsys: pyte
 def test_a_photo_is_never_overwritten(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     photo = write_photo(tmp_path / "x.png")
     before = photo.read_bytes()
-    assert predict(weights, photo, "--outdir", tmp_path) == 1
+    assert predict(weights, photo, "--outdir", tmp_path) == 2
     assert "--outdir" in capsys.readouterr().err and photo.read_bytes() == before
 
 
@@ -263,11 +263,11 @@ def test_without_a_model_the_message_says_what_to_do(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_photo(tmp_path / "x.png")
-    assert main(["x.png"]) == 1
+    assert main(["x.png"]) == 2
     assert "train" in (error := capsys.readouterr().err) and "--checkpoint" in error
-    assert main(["x.png", "--encoder", "vits"]) == 1
+    assert main(["x.png", "--encoder", "vits"]) == 2
     assert "depth_anything_v2_vits.pth" in (error := capsys.readouterr().err) and "--checkpoint" in error
-    assert predict(weights, "x.png", "--encoder", "vits") == 1
+    assert predict(weights, "x.png", "--encoder", "vits") == 2
     assert "--encoder vits, but" in (error := capsys.readouterr().err) and "vit_tiny_patch16_224" in error
 
 

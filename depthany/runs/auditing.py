@@ -1,12 +1,12 @@
 """The audit of one labelled source: read, measure, judge, and show."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import radians, tan
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from depthany.config.check import ConfigError
-from depthany.data.audit import Measured, Verdict, measure, own_scores, verdicts
+from depthany.data.audit import Measured, State, Verdict, measure, own_scores, verdicts
 from depthany.data.files import DecodeError
 from depthany.data.labels import has_label
 from depthany.data.shards import ShardError
@@ -26,6 +26,7 @@ from depthany.runs.cards import read_cards
 from depthany.types import DepthKind
 
 COMPARED = 256  # samples of a dataset whose edges are compared with each other
+FEW = 3  # datasets whose every verdict is printed
 SHOWN = 6  # pictures of the worst, and of random samples
 
 
@@ -147,12 +148,20 @@ def _verified(source: Packable) -> list[tuple[str, str]]:
 
 
 def print_audit(result: Audit) -> None:
-    """One line for each dataset and test, then the samples that are wrong by themselves."""
-    table = Table("dataset", "test", "says", "evidence")
-    for name, found in result.groups.items():
-        for verdict in found:
+    """What each test says of each dataset, of many in numbers; then the samples that are wrong by themselves."""
+    rows = [(name, verdict) for name, found in result.groups.items() for verdict in found]
+    if len(result.groups) > FEW:
+        counts = Table(f"of {len(result.groups)} datasets", *get_args(State), caption="the evidence is on the page")
+        for test in dict.fromkeys(verdict.test for _, verdict in rows):
+            states = Counter(verdict.state for _, verdict in rows if verdict.test == test)
+            counts.add_row(test, *(str(states[state]) for state in get_args(State)))
+        Console().print(counts)
+        rows = [(name, verdict) for name, verdict in rows if verdict.state == "flagged"]
+    if rows:
+        table = Table("dataset", "test", "says", "evidence")
+        for name, verdict in rows:
             table.add_row(name, verdict.test, verdict.state, verdict.words)
-    Console(width=150).print(table)
+        Console(width=150).print(table)
     for key, why in result.faults[:10]:
         print(f"{key}: {why}")
     if len(result.faults) > 10:

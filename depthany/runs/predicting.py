@@ -346,7 +346,7 @@ class PredictJob:
 
 
 def predict(flags: Namespace) -> int:
-    """The verb: predicts what the flags name and reports it; 0 if anything was written, else 1."""
+    """The verb: predicts what the flags name and reports it; 0 if anything was written, 2 for a bad option, else 1."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     written, skipped, failed = 0, [], False
     try:
@@ -366,7 +366,7 @@ def predict(flags: Namespace) -> int:
         console.print(f"model: {name}")
     except (ValueError, OSError) as error:
         console.print(f"error: {error}")
-        return 1
+        return 2
     try:
         tell = time.monotonic() + TELL_S
         plan = PredictPlan(**{option.name: getattr(flags, option.name) for option in fields(PredictPlan)})
